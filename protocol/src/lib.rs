@@ -1,0 +1,12 @@
+//! The vocabulary of an Ingle cluster, its wire frames and its pure decisions.
+//!
+//! This crate is the lowest floor: it does no I/O, starts no task and reads no clock. Whatever needs the time
+//! or a random number takes it as an argument, so that simulations can drive the same code.
+
+pub mod ids;
+pub mod liveness;
+pub mod names;
+pub mod routing;
+pub mod wire;
+
+pub use ids::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};

@@ -1,0 +1,190 @@
+//! What crosses sockets: frames of `kind u8 · length u32 (little endian) · body`, the body being one `bincode`
+//! struct of one version. [`v1`] is never edited after a release: a change makes a `v2`, with conversions
+//! between the neighbours. This module is the only one that knows `bincode`.
+//!
+//! A kind with the highest bit set ([`SKIPPABLE`]) may be skipped by a reader that does not know it; any other
+//! unknown kind ends the stream.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub mod v1;
+
+/// TLS application protocols between members, newest first. Each side offers all that it speaks.
+pub const MESH_ALPNS: &[&[u8]] = &[b"ingle/1"];
+/// TLS application protocol for machines that have no certificate yet.
+pub const JOIN_ALPN: &[u8] = b"ingle-join/1";
+/// Bytes before a frame's body.
+pub const HEAD_LEN: usize = 5;
+/// Set in kinds that an old reader may skip.
+pub const SKIPPABLE: u8 = 0x80;
+
+/// The first byte of every QUIC stream: what the stream is for.
+/// (An acceptor only sees a stream once bytes arrive on it, so something must be written first anyway.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum StreamKind {
+    /// Hello and welcome, and later the goodbye.
+    Membership = 1,
+    /// The actors' control plane.
+    Control = 2,
+    /// A pulse every 100 ms, one way.
+    Pulse = 3,
+    /// One inference request and its answer.
+    Inference = 4,
+    /// A full member asks for the authority's key, a guest for a new certificate.
+    Authority = 5,
+}
+
+impl TryFrom<u8> for StreamKind {
+    type Error = WireError;
+    fn try_from(byte: u8) -> Result<Self, WireError> {
+        [Self::Membership, Self::Control, Self::Pulse, Self::Inference, Self::Authority]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
+            .ok_or(WireError::UnknownStream(byte))
+    }
+}
+
+/// Why bytes are not a frame.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// The first byte of a stream names nothing that we know.
+    #[error("a stream of unknown kind {0}")]
+    UnknownStream(u8),
+    /// The kind is unknown and may not be skipped.
+    #[error("a frame of unknown kind {0:#04x}: the peer speaks a newer protocol than it agreed to")]
+    UnknownKind(u8),
+    /// Known, but not here.
+    #[error("a frame of kind {got:#04x} where {expected} was due")]
+    Unexpected {
+        /// What was due.
+        expected: &'static str,
+        /// The kind that came.
+        got: u8,
+    },
+    /// Refused before anything was allocated.
+    #[error("a frame of {length} bytes, where at most {limit} are allowed")]
+    TooLong {
+        /// The length that the frame announced.
+        length: u32,
+        /// The most that its kind may have.
+        limit: u32,
+    },
+    /// The body does not decode.
+    #[error("a frame of kind {kind:#04x} that does not decode: {why}")]
+    Body {
+        /// The frame's kind.
+        kind: u8,
+        /// What the decoder said.
+        why: String,
+    },
+    /// The body decodes but goes on.
+    #[error("a frame of kind {kind:#04x} with {bytes} bytes behind its end")]
+    Trailing {
+        /// The frame's kind.
+        kind: u8,
+        /// How many bytes are too many.
+        bytes: usize,
+    },
+}
+
+/// A struct that is the body of one kind of frame.
+pub trait Body: Serialize + DeserializeOwned {
+    /// The frame's kind.
+    const KIND: u8;
+    /// The most bytes that the body may have.
+    const LIMIT: u32;
+    /// What it is called in errors.
+    const NAME: &'static str;
+}
+
+/// The head of a frame, read before its body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Head {
+    /// Which frame it is.
+    pub kind: u8,
+    /// Bytes of body.
+    pub length: u32,
+}
+
+impl Head {
+    /// Reads a head and checks the announced length against what the kind may have, so that nothing is
+    /// allocated for a lie.
+    pub fn parse(bytes: [u8; HEAD_LEN]) -> Result<Self, WireError> {
+        let [kind, length @ ..] = bytes;
+        let length = u32::from_le_bytes(length);
+        let limit = match v1::limit_of(kind) {
+            Some(limit) => limit,
+            None if kind & SKIPPABLE != 0 => v1::SKIPPED_LIMIT,
+            None => return Err(WireError::UnknownKind(kind)),
+        };
+        if length > limit { Err(WireError::TooLong { length, limit }) } else { Ok(Self { kind, length }) }
+    }
+}
+
+/// One whole frame, its body not yet decoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// Which frame it is.
+    pub kind: u8,
+    /// Its body.
+    pub body: Bytes,
+}
+
+impl Frame {
+    /// True for frames that this version does not know and may skip.
+    pub fn is_skippable_unknown(&self) -> bool {
+        self.kind & SKIPPABLE != 0 && v1::limit_of(self.kind).is_none()
+    }
+
+    /// The body as a `T`, refused if the kind is another or bytes are left over.
+    pub fn decode<T: Body>(&self) -> Result<T, WireError> {
+        if self.kind != T::KIND {
+            return Err(WireError::Unexpected { expected: T::NAME, got: self.kind });
+        }
+        let config = bincode::config::standard().with_limit::<{ v1::DECODE_LIMIT }>();
+        let (value, used) = bincode::serde::decode_from_slice::<T, _>(&self.body, config)
+            .map_err(|error| WireError::Body { kind: self.kind, why: error.to_string() })?;
+        match self.body.len() - used {
+            0 => Ok(value),
+            bytes => Err(WireError::Trailing { kind: self.kind, bytes }),
+        }
+    }
+
+    /// The frame as bytes, head first.
+    pub fn to_bytes(&self) -> Bytes {
+        let mut bytes = BytesMut::with_capacity(HEAD_LEN + self.body.len());
+        bytes.put_u8(self.kind);
+        bytes.put_u32_le(self.body.len() as u32);
+        bytes.put_slice(&self.body);
+        bytes.freeze()
+    }
+
+    /// Takes one frame off the front of `bytes` (for payloads that carry whole frames, as the control plane does).
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, WireError> {
+        let short = |kind| WireError::Body { kind, why: "the frame is cut short".into() };
+        let (head, rest) = bytes.split_first_chunk::<HEAD_LEN>().ok_or_else(|| short(0))?;
+        let head = Head::parse(*head)?;
+        let length = head.length as usize;
+        match rest.len().cmp(&length) {
+            std::cmp::Ordering::Less => Err(short(head.kind)),
+            std::cmp::Ordering::Equal => Ok(Self { kind: head.kind, body: Bytes::copy_from_slice(rest) }),
+            std::cmp::Ordering::Greater => Err(WireError::Trailing { kind: head.kind, bytes: rest.len() - length }),
+        }
+    }
+}
+
+/// `body` as a frame. Fails where it is longer than its kind allows, so that no peer has to refuse it.
+pub fn encode<T: Body>(body: &T) -> Result<Frame, WireError> {
+    let bytes = bincode::serde::encode_to_vec(body, bincode::config::standard())
+        .map_err(|error| WireError::Body { kind: T::KIND, why: error.to_string() })?;
+    match u32::try_from(bytes.len()) {
+        Ok(length) if length <= T::LIMIT => Ok(Frame { kind: T::KIND, body: bytes.into() }),
+        length => Err(WireError::TooLong { length: length.unwrap_or(u32::MAX), limit: T::LIMIT }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

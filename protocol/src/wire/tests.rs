@@ -1,0 +1,217 @@
+use proptest::prelude::*;
+
+use super::v1::*;
+use super::*;
+use crate::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};
+
+fn member() -> MemberHint {
+    MemberHint { node: NodeId([1; 16]), name: "tower".into(), addresses: vec!["192.168.1.20:11436".into()] }
+}
+
+fn engine() -> EngineId {
+    EngineId { node: NodeId([1; 16]), index: 0, generation: 2 }
+}
+
+fn engine_pulse() -> EnginePulse {
+    EnginePulse {
+        engine: engine(),
+        step: 77,
+        running: 2,
+        waiting: 1,
+        tokens_per_second: 31.5,
+        prefill_rate: 240.0,
+        decode_rate: 15.75,
+    }
+}
+
+fn facts() -> NodeFacts {
+    NodeFacts {
+        member: member(),
+        incarnation: 1_700_000_000_000,
+        version: 3,
+        software: "0.1.0".into(),
+        http: "127.0.0.1:11435".into(),
+        hardware: Hardware {
+            platform: "x86_64-linux".into(),
+            cores: 2,
+            memory: 25_000_000_000,
+            accelerators: vec!["a GPU".into()],
+        },
+        models: vec![ModelFacts {
+            name: "smollm2-135m-instruct".into(),
+            digest: Some(ModelDigest([7; 32])),
+            state: ModelState::Fetching { done: 10, total: 100 },
+            engine: Some(engine()),
+            backend: "cpu (burn flex, f32)".into(),
+            numerics: "flex-f32".into(),
+            context_length: 2048,
+            slots: 4,
+            features: vec!["logprobs".into()],
+            is_default: true,
+        }],
+        members: vec![member()],
+    }
+}
+
+fn request() -> Request {
+    Request {
+        request_id: RequestId([9; 16]),
+        attempt: 1,
+        trace: TraceContext { trace_id: [3; 16], parent_span: [4; 8], flags: 1 },
+        principal: "local".into(),
+        priority: Priority::Interactive,
+        remaining_ms: 120_000,
+        model: "default".into(),
+        digest: ModelDigest([7; 32]),
+        messages: vec![Message { role: Role::User, content: "héllo 🔥".into(), extra: b"{}".to_vec() }],
+        sampling: Sampling { temperature: 0.7, top_p: 0.9, seed: 42, max_tokens: Some(16), stop: vec!["END".into()] },
+        resume: vec![1, 2, 300_000],
+        extra: br#"{"top_k":5}"#.to_vec(),
+    }
+}
+
+/// One sample of each frame: its bytes are golden.
+fn samples() -> Vec<(&'static str, Frame)> {
+    fn sample<T: Body + PartialEq + std::fmt::Debug>(body: T) -> (&'static str, Frame) {
+        let frame = encode(&body).unwrap();
+        assert_eq!(frame.decode::<T>().unwrap(), body);
+        (T::NAME, frame)
+    }
+    vec![
+        sample(Hello { cluster: ClusterId([5; 16]), facts: facts() }),
+        sample(Welcome { facts: facts(), observed: "192.168.1.30:11436".into() }),
+        sample(NotWelcome { why: "another cluster".into(), duplicate: false }),
+        sample(Goodbye { why: "shutting down".into() }),
+        sample(facts()),
+        sample(request()),
+        sample(Accepted { prompt_tokens: 1500, cached_tokens: 1024, context_length: 2048 }),
+        sample(Refused {
+            kind: RefusalKind::UnsupportedField,
+            message: "not supported".into(),
+            param: Some("logprobs".into()),
+            retry_after_ms: Some(1500),
+        }),
+        sample(Progress::Prefilled { done: 64, total: 1500 }),
+        sample(Token { position: 300, id: 49_151, text: "🔥".as_bytes().to_vec() }),
+        sample(Finished {
+            reason: FinishReason::Length,
+            usage: Usage { prompt_tokens: 1500, cached_tokens: 1024, completion_tokens: 16 },
+        }),
+        sample(Failed { kind: FailureKind::EngineDied, message: "killed".into(), retryable: false, migratable: true }),
+        sample(Pulse { sequence: 12, engines: vec![engine_pulse()] }),
+        sample(JoinRequest {
+            token_id: [1; 8],
+            proof: [2; 32],
+            csr: vec![0x30, 0x82],
+            name: "mini".into(),
+            guest: true,
+            clock_ms: 1_700_000_000_000,
+        }),
+        sample(JoinGranted {
+            node: NodeId([2; 16]),
+            certificate: vec![1, 2],
+            authority: vec![3, 4],
+            members: vec![member()],
+        }),
+        sample(JoinRefused { kind: JoinRefusalKind::Used, message: "used".into() }),
+        sample(AuthorityKeyRequest {}),
+        sample(AuthorityKey { pkcs8: vec![1, 2, 3] }),
+        sample(RenewalRequest { csr: vec![0x30] }),
+        sample(Renewed { certificate: vec![0x31] }),
+        sample(AuthorityRefused { why: "a guest".into() }),
+        sample(EngineReport {
+            state: ModelState::Failed { why: "no memory".into() },
+            backend: "cpu".into(),
+            numerics: "flex-f32".into(),
+            context_length: 2048,
+            slots: 4,
+            features: vec![],
+            pulse: engine_pulse(),
+        }),
+        sample(ControlProbe { nonce: 99 }),
+    ]
+}
+
+/// A change of these bytes breaks every cluster in which not all nodes are updated at once. Never edit the file
+/// after a release: make a `v2`. Before the first one: `INGLE_WRITE_GOLDEN=1 cargo test -p ingle-protocol golden`.
+#[test]
+fn golden_bytes_of_every_frame_stay_what_they_are() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/v1.txt");
+    let now: String = samples()
+        .iter()
+        .map(|(name, frame)| {
+            let hex: String = frame.to_bytes().iter().map(|b| format!("{b:02x}")).collect();
+            format!("{name} {hex}\n")
+        })
+        .collect();
+    if std::env::var_os("INGLE_WRITE_GOLDEN").is_some() {
+        std::fs::write(path, &now).unwrap();
+    }
+    let golden = std::fs::read_to_string(path).unwrap();
+    for (was, is) in golden.lines().zip(now.lines()) {
+        assert_eq!(was, is);
+    }
+    assert_eq!(golden, now);
+}
+
+#[test]
+fn every_kind_has_a_golden_sample() {
+    let sampled: Vec<u8> = samples().iter().map(|(_, frame)| frame.kind).collect();
+    for kind in 0..=u8::MAX {
+        assert_eq!(limit_of(kind).is_some(), sampled.contains(&kind), "kind {kind:#04x}");
+    }
+}
+
+#[test]
+fn lengths_are_refused_before_anything_is_allocated() {
+    let mut head = [0x14, 0, 0, 0, 0];
+    head[1..].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert!(matches!(Head::parse(head), Err(WireError::TooLong { .. })));
+    assert_eq!(Head::parse([0x7f, 0, 0, 0, 0]), Err(WireError::UnknownKind(0x7f)));
+    assert!(Head::parse([0xff, 1, 0, 0, 0]).is_ok(), "an unknown skippable kind");
+    // A vector that claims 2^60 entries in a body of a few bytes.
+    let lie = Frame { kind: Renewed::KIND, body: Bytes::from_static(&[253, 0, 0, 0, 0, 0, 0, 0, 16]) };
+    assert!(matches!(lie.decode::<Renewed>(), Err(WireError::Body { .. })));
+}
+
+#[test]
+fn trailing_bytes_and_other_kinds_are_refused() {
+    let mut frame = encode(&ControlProbe { nonce: 1 }).unwrap();
+    frame.body = [&frame.body[..], &[0]].concat().into();
+    assert_eq!(frame.decode::<ControlProbe>(), Err(WireError::Trailing { kind: 0x50, bytes: 1 }));
+    assert!(matches!(frame.decode::<Token>(), Err(WireError::Unexpected { .. })));
+    let whole = encode(&ControlProbe { nonce: 1 }).unwrap();
+    assert_eq!(Frame::from_bytes(&whole.to_bytes()), Ok(whole.clone()));
+    let long = [&whole.to_bytes()[..], &[0]].concat();
+    assert!(matches!(Frame::from_bytes(&long), Err(WireError::Trailing { .. })));
+}
+
+#[test]
+fn a_body_over_its_limit_is_not_sent() {
+    let token = Token { position: 0, id: 0, text: vec![b'x'; 70_000] };
+    assert!(matches!(encode(&token), Err(WireError::TooLong { .. })));
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_the_decoder_panic(kind: u8, body in proptest::collection::vec(any::<u8>(), 0..512)) {
+        let frame = Frame { kind, body: body.clone().into() };
+        let _ = (frame.decode::<Request>(), frame.decode::<NodeFacts>(), frame.decode::<EngineReport>());
+        for known in [Request::KIND, Hello::KIND, Pulse::KIND, JoinGranted::KIND, Refused::KIND] {
+            let frame = Frame { kind: known, body: body.clone().into() };
+            let _ = (frame.decode::<Request>(), frame.decode::<Hello>(), frame.decode::<Pulse>());
+            let _ = (frame.decode::<JoinGranted>(), frame.decode::<Refused>());
+        }
+        let _ = Frame::from_bytes(&body);
+    }
+
+    #[test]
+    fn cut_frames_never_decode(cut in 1usize..100) {
+        for (_, frame) in samples() {
+            let bytes = frame.to_bytes();
+            if cut < bytes.len() {
+                prop_assert!(Frame::from_bytes(&bytes[..bytes.len() - cut]).is_err());
+            }
+        }
+    }
+}
