@@ -11,6 +11,9 @@ use serde::de::DeserializeOwned;
 
 pub mod v1;
 
+mod answer;
+pub use answer::Answer;
+
 /// TLS application protocols between members, newest first. Each side offers all that it speaks.
 pub const MESH_ALPNS: &[&[u8]] = &[b"ingle/1"];
 /// TLS application protocol for machines that have no certificate yet.
