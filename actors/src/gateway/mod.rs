@@ -1,0 +1,96 @@
+//! Where a request enters: find the model, choose a worker, watch the answer.
+
+use std::time::Duration;
+
+use ingle_protocol::RequestId;
+use ingle_protocol::wire::Answer;
+use ingle_protocol::wire::v1::{Accepted, Failed, Message, ModelState, Priority, Refused, Sampling, TraceContext};
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+/// The model name that always means the default one.
+pub const DEFAULT_MODEL: &str = "default";
+
+/// One chat request as the dialects hand it over.
+#[derive(Debug, Clone)]
+pub struct ChatRequest {
+    /// Chosen at ingress.
+    pub request_id: RequestId,
+    /// The trace that it belongs to.
+    pub trace: TraceContext,
+    /// On whose behalf.
+    pub principal: String,
+    /// Its place among others.
+    pub priority: Priority,
+    /// How long an answer is still worth something.
+    pub deadline: Duration,
+    /// A model's name; empty or `default` for the default one.
+    pub model: String,
+    /// The conversation.
+    pub messages: Vec<Message>,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Members of the request's JSON that have no field here, as a JSON object; empty for none.
+    pub extra: Vec<u8>,
+}
+
+/// An answer that has begun. Dropping it cancels the request, here and on the worker.
+#[derive(Debug)]
+pub struct Reply {
+    /// Name of the node that began the answer.
+    pub node: String,
+    /// The model's full name.
+    pub model: String,
+    /// What the engine said on taking the request.
+    pub accepted: Accepted,
+    /// `Token` frames, then one `Finished` or `Failed`. It never ends without one of the two.
+    pub answers: mpsc::Receiver<Answer>,
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum GatewayError {
+    /// No node of the cluster knows the model.
+    #[error("The model `{model}` does not exist here.{}", near_names(.near))]
+    UnknownModel {
+        /// The name asked for.
+        model: String,
+        /// What was probably meant.
+        near: Vec<String>,
+    },
+    /// The model is known, but nobody can answer now.
+    #[error("{why}")]
+    NoWorker {
+        /// Why not, and what to do.
+        why: String,
+        /// When it is worth trying again.
+        retry_after: Duration,
+    },
+    /// A worker refused the request for what it is, or all of them for lack of room.
+    #[error("{}", .0.message)]
+    Refused(Refused),
+    /// The answer broke before its first token.
+    #[error("{}", .0.message)]
+    Failed(Failed),
+}
+
+fn near_names(near: &[String]) -> String {
+    if near.is_empty() { String::new() } else { format!(" Did you mean {}?", near.join(" or ")) }
+}
+
+/// A model as the cluster as a whole offers it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OfferedModel {
+    /// Its name.
+    pub name: String,
+    /// The best state among the nodes that have it.
+    pub state: ModelState,
+    /// Names of the nodes that answer for it now.
+    pub nodes: Vec<String>,
+    /// Context length in tokens; 0 until it is known.
+    pub context_length: u32,
+    /// It answers requests that name no model.
+    pub is_default: bool,
+    /// Seconds since 1970 at which this node first heard of it.
+    pub created: u64,
+}

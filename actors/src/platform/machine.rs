@@ -1,0 +1,35 @@
+//! What this machine has.
+
+use std::path::Path;
+
+use ingle_protocol::wire::v1::Hardware;
+
+/// The machine's cores, memory and kind.
+pub fn hardware() -> Hardware {
+    Hardware {
+        platform: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+        cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
+        memory: main_memory().unwrap_or(0),
+        accelerators: Vec::new(),
+    }
+}
+
+/// Bytes of main memory.
+fn main_memory() -> Option<u64> {
+    #[cfg(target_os = "linux")]
+    {
+        let total = rustix::system::sysinfo();
+        Some(total.totalram as u64 * u64::from(total.mem_unit))
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let text = std::process::Command::new("sysctl").args(["-n", "hw.memsize"]).output().ok()?;
+        String::from_utf8(text.stdout).ok()?.trim().parse().ok()
+    }
+}
+
+/// Bytes that this user can still write to the file system of `path`.
+pub fn available_disk_space(path: &Path) -> std::io::Result<u64> {
+    let stats = rustix::fs::statvfs(path)?;
+    Ok(stats.f_bavail * stats.f_frsize)
+}

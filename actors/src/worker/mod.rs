@@ -1,0 +1,3 @@
+//! Workers: what turns a request into an answer.
+
+pub mod engine_process;
