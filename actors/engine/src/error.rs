@@ -1,0 +1,58 @@
+//! Everything that can go wrong with a model file or its engine.
+
+use std::path::PathBuf;
+
+use crate::gguf::GgufError;
+
+/// Why an engine does not start, or stops.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The file cannot be opened or mapped.
+    #[error("cannot read {}: {why}", path.display())]
+    Open {
+        /// The model file.
+        path: PathBuf,
+        /// What the system said.
+        why: std::io::Error,
+    },
+    /// The file is not a sound GGUF.
+    #[error("{}: {why}", path.display())]
+    Gguf {
+        /// The model file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: GgufError,
+    },
+    /// The file is sound, but this engine cannot run such a model.
+    #[error("{}: {what} is not supported: {hint}", path.display())]
+    Unsupported {
+        /// The model file.
+        path: PathBuf,
+        /// What the model has or is.
+        what: String,
+        /// What would be supported.
+        hint: String,
+    },
+    /// The tokenizer in the file does not work.
+    #[error("{}: its tokenizer cannot be built: {why}", path.display())]
+    Tokenizer {
+        /// The model file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The chat template in the file does not work.
+    #[error("{}: its chat template cannot be read: {why}", path.display())]
+    ChatTemplate {
+        /// The model file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// No device of the wanted kind.
+    #[error("no such device: {0}")]
+    Device(String),
+    /// A step could not be computed.
+    #[error("the engine failed in a step: {0}")]
+    Step(String),
+}

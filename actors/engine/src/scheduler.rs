@@ -1,0 +1,330 @@
+//! Continuous batching. One thread drives the [`StepEngine`]: each step takes one token of every running sequence
+//! and one chunk of one prompt, so that neither new prompts nor running answers starve.
+//!
+//! Bounds: at most `slots` sequences run and at most `queue` wait (one more is refused as busy); each answer's
+//! channel is bounded by whoever made it. A full channel pauses its sequence alone; a closed one frees the slot
+//! before the next step.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::time::{Duration, Instant};
+
+use ingle_protocol::wire::v1::{FailureKind, ModelState};
+
+use crate::device::{self, Loaded};
+use crate::sampler::sample;
+use crate::snapshot::Shared;
+use crate::text::Codec;
+use crate::{EngineError, EngineSpec, StepEngine, StepEntry};
+
+mod heartbeat;
+mod intake;
+mod output;
+mod sequence;
+mod warm_up;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use intake::{Place, Submission};
+use output::{Flushed, Lingering};
+use sequence::{End, Sequence};
+
+/// How often outputs are looked at while no sequence can be computed because its reader is slow.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// What wakes the scheduler.
+#[derive(Debug)]
+pub(crate) enum Wake {
+    /// A request that has been checked and tokenized.
+    Sequence(Box<Sequence>),
+    /// Something else has changed.
+    Look,
+}
+
+/// The body of the engine's thread, from loading to the end.
+pub(crate) fn run(
+    spec: EngineSpec,
+    shared: &Arc<Shared>,
+    submitted: Receiver<Submission>,
+    wake: Sender<Wake>,
+    inbox: Receiver<Wake>,
+) {
+    let started = Instant::now();
+    let failed = |why: String| {
+        tracing::error!(why, "the engine has failed");
+        shared.update(|facts| facts.state = ModelState::Failed { why });
+    };
+    let loaded = catch_unwind(AssertUnwindSafe(|| load(&spec, shared)));
+    let Loaded { engine, codec } = match loaded {
+        Ok(Ok(loaded)) => loaded,
+        Ok(Err(why)) => return failed(why.to_string()),
+        Err(panic) => return failed(format!("a panic while loading: {}", words_of(&*panic))),
+    };
+    tracing::info!(seconds = started.elapsed().as_secs_f32(), "the model is loaded and warm");
+    let intake = intake::Intake::new(&spec, engine.capabilities(), Arc::clone(&codec), Arc::clone(shared));
+    let hearts = intake.hearts();
+    let threads = [
+        std::thread::Builder::new().name("intake".into()).spawn(move || intake.run(&submitted, &wake)),
+        std::thread::Builder::new().name("heartbeat".into()).spawn(move || heartbeat::run(&hearts)),
+    ];
+    if let Some(Err(why)) = threads.into_iter().find(Result::is_err) {
+        return failed(format!("a thread does not start: {why}"));
+    }
+    shared.update(|facts| {
+        if facts.state == ModelState::Warming {
+            facts.state = ModelState::Ready;
+        }
+    });
+    let mut scheduler = Scheduler {
+        spec,
+        shared: Arc::clone(shared),
+        engine,
+        codec,
+        inbox,
+        waiting: Vec::new(),
+        running: Vec::new(),
+        free: Vec::new(),
+        lingering: Vec::new(),
+    };
+    scheduler.free = (0..scheduler.engine.capabilities().slots).rev().collect();
+    let why = match catch_unwind(AssertUnwindSafe(|| scheduler.serve())) {
+        Ok(Ok(())) => None,
+        Ok(Err(why)) => Some(why.to_string()),
+        Err(panic) => Some(format!("a panic in a step: {}", words_of(&*panic))),
+    };
+    if let Some(why) = &why {
+        failed(why.clone());
+    }
+    scheduler.end_all(why);
+}
+
+fn load(spec: &EngineSpec, shared: &Shared) -> Result<Loaded, EngineError> {
+    let mut loaded = device::load(spec)?;
+    let capabilities = loaded.engine.capabilities();
+    shared.update(|facts| {
+        facts.backend.clone_from(&capabilities.backend);
+        facts.numerics.clone_from(&capabilities.numerics);
+        facts.context_length = capabilities.context_length;
+        facts.slots = capabilities.slots;
+        if facts.state == ModelState::Loading {
+            facts.state = ModelState::Warming;
+        }
+    });
+    warm_up::warm_up(&mut *loaded.engine, shared)?;
+    Ok(loaded)
+}
+
+fn words_of(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+}
+
+struct Scheduler {
+    spec: EngineSpec,
+    shared: Arc<Shared>,
+    engine: Box<dyn StepEngine>,
+    codec: Arc<dyn Codec>,
+    inbox: Receiver<Wake>,
+    /// At most `spec.queue` (each holds a [`Place`]).
+    waiting: Vec<Sequence>,
+    /// At most as many as there are slots.
+    running: Vec<Sequence>,
+    free: Vec<u32>,
+    /// Ended, but the reader has not taken everything; each is bounded by the reader's deadline.
+    lingering: Vec<Lingering>,
+}
+
+impl Scheduler {
+    fn serve(&mut self) -> Result<(), EngineError> {
+        loop {
+            self.receive();
+            if self.shared.stopped() {
+                return Ok(());
+            }
+            let now = Instant::now();
+            self.look_after_outputs(now);
+            self.admit(now);
+            self.step()?;
+        }
+    }
+
+    /// Takes what has come in. Waits only where there is nothing to compute.
+    fn receive(&mut self) {
+        let computable = self.running.iter().any(Sequence::is_computable) || !self.waiting.is_empty();
+        if !computable && !self.shared.stopped() {
+            let idle = self.running.is_empty() && self.lingering.is_empty();
+            let woken = if idle {
+                self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                self.inbox.recv_timeout(LOOK_AGAIN)
+            };
+            match woken {
+                Ok(Wake::Sequence(sequence)) => self.waiting.push(*sequence),
+                Ok(Wake::Look) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => self.shared.stop.store(true, Ordering::Release),
+            }
+        }
+        loop {
+            match self.inbox.try_recv() {
+                Ok(Wake::Sequence(sequence)) => self.waiting.push(*sequence),
+                Ok(Wake::Look) => {}
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+            }
+        }
+    }
+
+    /// Sends what could not be sent, and ends what nobody reads, reads too slowly or waits for any longer.
+    fn look_after_outputs(&mut self, now: Instant) {
+        let deadline = self.spec.reader_deadline;
+        self.lingering.retain_mut(|lingering| lingering.flush(now, deadline));
+        let mut ended = Vec::new();
+        for (list, in_slot) in [(&mut self.waiting, false), (&mut self.running, true)] {
+            let mut at = 0;
+            while let Some(sequence) = list.get_mut(at) {
+                let end = match sequence.output.flush() {
+                    Flushed::Closed => Some(End::Cancelled),
+                    Flushed::Stalled(since) if now.duration_since(since) >= deadline => {
+                        let message = format!("nobody read the answer for {} s", deadline.as_secs_f32());
+                        Some(End::Failed(FailureKind::ReaderTooSlow, message))
+                    }
+                    _ if now >= sequence.deadline => {
+                        let message = if in_slot {
+                            "the time was up before the answer was complete"
+                        } else {
+                            "the time was up before a place was free"
+                        };
+                        Some(End::Failed(FailureKind::DeadlineExceeded, message.into()))
+                    }
+                    _ => None,
+                };
+                match end {
+                    Some(end) => ended.push((list.remove(at), end)),
+                    None => at += 1,
+                }
+            }
+        }
+        for (sequence, end) in ended {
+            self.end(sequence, end);
+        }
+    }
+
+    /// Gives free slots to those who wait: the highest priority first, then the first come.
+    fn admit(&mut self, now: Instant) {
+        while !self.waiting.is_empty() {
+            let Some(slot) = self.free.pop() else { break };
+            let priorities = self.waiting.iter().enumerate().rev();
+            let Some((first, _)) = priorities.max_by_key(|(_, sequence)| sequence.priority) else { break };
+            let mut sequence = self.waiting.remove(first);
+            sequence.admit(slot, now);
+            self.running.push(sequence);
+        }
+        let mut order: Vec<&Sequence> = self.waiting.iter().collect();
+        order.sort_by_key(|sequence| std::cmp::Reverse(sequence.priority));
+        for (ahead, sequence) in (0u32..).zip(order) {
+            sequence.output.queued(ahead);
+        }
+        self.shared.running.store(self.running.len() as u32, Ordering::Relaxed);
+    }
+
+    /// One token of each sequence that has its prompt behind it, and one chunk of one prompt.
+    fn step(&mut self) -> Result<(), EngineError> {
+        let chunk_size = self.engine.capabilities().chunk.max(1) as usize;
+        let computable = |sequence: &&Sequence| sequence.is_computable();
+        let prefill = self.running.iter().filter(computable).filter(|sequence| sequence.left() > 1);
+        // Prompts take turns, so that a short one does not wait for a long one.
+        let prefill = prefill.min_by_key(|sequence| sequence.last_chunk).map(|sequence| sequence.slot);
+        let (mut entries, mut want, mut wanting, mut chunk) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for (index, sequence) in self.running.iter().enumerate().filter(|(_, sequence)| sequence.is_computable()) {
+            let tokens = if sequence.left() == 1 {
+                sequence.next_tokens(1)
+            } else if Some(sequence.slot) == prefill {
+                // Chunks end at multiples of their size, so that a prompt is always cut at the same places.
+                let tokens = sequence.next_tokens(chunk_size - sequence.computed % chunk_size);
+                chunk = tokens.len();
+                tokens
+            } else {
+                continue;
+            };
+            for (token, position) in tokens.iter().zip(sequence.computed as u32..) {
+                entries.push(StepEntry { token: *token, slot: sequence.slot, position });
+            }
+            if tokens.len() == sequence.left() {
+                want.push(entries.len() - 1);
+                wanting.push(index);
+            }
+        }
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let logits = self.engine.step(&entries, &want)?;
+        let now = Instant::now();
+        let step = self.shared.step.fetch_add(1, Ordering::Relaxed) + 1;
+        let (rows, seconds) = (want.len() as u32, now.duration_since(started).as_secs_f32());
+        if chunk == 0 {
+            self.shared.observe_decode(1.0 / seconds);
+        } else if entries.len() == chunk && chunk * 2 >= chunk_size {
+            self.shared.observe_prefill(chunk as f32 / seconds);
+        }
+        self.shared.count_tokens(now, rows);
+        for entry in &entries {
+            // Slots are few: a linear search costs nothing beside the step.
+            if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.slot == entry.slot) {
+                sequence.computed += 1;
+                sequence.last_chunk = step;
+            }
+        }
+        let mut ended = Vec::new();
+        for (row, index) in wanting.into_iter().enumerate() {
+            let sequence = &mut self.running[index];
+            let id = sample(logits.row(row), &sequence.sampling, sequence.generated())
+                .ok_or_else(|| EngineError::Step("the logits are not numbers".into()))?;
+            if let Some(end) = sequence.take(id, &*self.codec, now) {
+                ended.push((index, end));
+            }
+        }
+        for (index, end) in ended.into_iter().rev() {
+            let sequence = self.running.remove(index);
+            self.end(sequence, end);
+        }
+        self.running.iter().for_each(Sequence::tell_progress);
+        Ok(())
+    }
+
+    fn end(&mut self, sequence: Sequence, end: End) {
+        if sequence.has_slot {
+            self.engine.release(sequence.slot);
+            self.free.push(sequence.slot);
+        }
+        if let Some(lingering) = sequence.end(end) {
+            self.lingering.push(lingering);
+        }
+        self.shared.running.store(self.running.len() as u32, Ordering::Relaxed);
+    }
+
+    /// The end of the thread: nothing is left without a last frame. After a failure late requests get theirs too,
+    /// until the engine is dropped.
+    fn end_all(mut self, why: Option<String>) {
+        let kind = if why.is_some() { FailureKind::EngineError } else { FailureKind::ShuttingDown };
+        let message = why.clone().unwrap_or_else(|| "the engine is shutting down".into());
+        let end = |sequence: Sequence| drop(sequence.end(End::Failed(kind, message.clone())));
+        self.running.drain(..).chain(self.waiting.drain(..)).for_each(end);
+        self.shared.running.store(0, Ordering::Relaxed);
+        drop(self.engine);
+        while !self.shared.stopped() {
+            match self.inbox.recv() {
+                Ok(Wake::Sequence(sequence)) => end(*sequence),
+                Ok(Wake::Look) => {}
+                Err(_) => break,
+            }
+        }
+        while let Ok(wake) = self.inbox.try_recv() {
+            if let Wake::Sequence(sequence) = wake {
+                end(*sequence);
+            }
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! Requests on their way in: checked, rendered and tokenized on a thread of their own, so that a long prompt does
+//! not hold up the batch.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+use ingle_protocol::ModelDigest;
+use ingle_protocol::wire::Answer;
+use ingle_protocol::wire::v1::{Accepted, ModelState, RefusalKind, Refused, Request, Sampling};
+use tokio::sync::mpsc;
+
+use super::Wake;
+use super::heartbeat::Hearts;
+use super::output::Output;
+use super::sequence::{Sequence, Times};
+use crate::snapshot::Shared;
+use crate::text::{Codec, Detokenizer};
+use crate::{Capabilities, EngineSpec};
+
+/// The most stop texts of a request.
+const MAX_STOPS: usize = 16;
+/// The most bytes of one.
+const MAX_STOP_BYTES: usize = 1024;
+/// A deadline further away than this is none.
+const FAR: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// One of the bounded places of those who wait; free again when dropped.
+#[derive(Debug)]
+pub(crate) struct Place(Arc<Shared>);
+
+impl Place {
+    /// `None` where `limit` places are taken.
+    pub fn take(shared: &Arc<Shared>, limit: u32) -> Option<Self> {
+        let free = |waiting| (waiting < limit).then_some(waiting + 1);
+        shared.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, free).ok().map(|_| Self(Arc::clone(shared)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A request as it was handed in.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub request: Box<Request>,
+    pub answers: mpsc::Sender<Answer>,
+    /// The place of its last frame.
+    pub last: mpsc::OwnedPermit<Answer>,
+    pub place: Place,
+    pub at: Instant,
+}
+
+/// What is known about the model when requests are checked.
+pub(super) struct Intake {
+    digest: ModelDigest,
+    context_length: u32,
+    vocabulary: u32,
+    codec: Arc<dyn Codec>,
+    shared: Arc<Shared>,
+    hearts: Arc<Hearts>,
+}
+
+impl Intake {
+    pub fn new(spec: &EngineSpec, engine: &Capabilities, codec: Arc<dyn Codec>, shared: Arc<Shared>) -> Self {
+        let hearts = Arc::default();
+        let (context_length, vocabulary) = (engine.context_length, engine.vocabulary);
+        Self { digest: spec.digest, context_length, vocabulary, codec, shared, hearts }
+    }
+
+    pub fn hearts(&self) -> Arc<Hearts> {
+        Arc::clone(&self.hearts)
+    }
+
+    /// The body of the intake's thread; it ends when the engine is dropped.
+    pub fn run(self, submitted: &Receiver<Submission>, wake: &Sender<Wake>) {
+        while let Ok(submission) = submitted.recv() {
+            if submission.answers.is_closed() {
+                continue;
+            }
+            if let Some(sequence) = self.prepare(submission)
+                && wake.send(Wake::Sequence(Box::new(sequence))).is_err()
+            {
+                break;
+            }
+        }
+        self.hearts.close();
+    }
+
+    /// `None` where the answer has been given already.
+    fn prepare(&self, submission: Submission) -> Option<Sequence> {
+        let Submission { request, answers, last, place, at } = submission;
+        let span = tracing::info_span!(
+            "request",
+            request_id = %request.request_id,
+            trace_id = %hex(&request.trace.trace_id),
+            attempt = request.attempt,
+            model = request.model,
+        );
+        let _entered = span.clone().entered();
+        let deadline = at + Duration::from_millis(request.remaining_ms).min(FAR);
+        let prompt = match self.check(&request, deadline) {
+            Ok(prompt) => prompt,
+            Err(refused) => {
+                tracing::info!(kind = ?refused.kind, message = refused.message, "request refused");
+                last.send(Answer::Refused(refused));
+                return None;
+            }
+        };
+        let Request { sampling, resume, priority, .. } = *request;
+        let (prompt_tokens, resumed) = (prompt.len() as u32, resume.len() as u32);
+        let mut sequence = Sequence {
+            output: Output::new(answers, last),
+            priority,
+            deadline,
+            tokens: [prompt, resume].concat(),
+            computed: 0,
+            slot: 0,
+            has_slot: false,
+            last_chunk: 0,
+            prompt: prompt_tokens,
+            resumed,
+            context_length: self.context_length,
+            detokenizer: Detokenizer::new(&sampling.stop),
+            sampling,
+            place: Some(place),
+            times: Times { submitted: at, admitted: None, first_token: None },
+            span,
+        };
+        let context_length = self.context_length;
+        sequence.output.send(Answer::Accepted(Accepted { prompt_tokens, cached_tokens: 0, context_length }));
+        if let Some(end) = sequence.replay(&*self.codec) {
+            // The last token had been delivered, only the end had not. A stalled output cannot be here: the
+            // channel has carried one frame at most.
+            drop(sequence.end(end));
+            return None;
+        }
+        sequence.output.queued(self.shared.waiting.load(Ordering::Relaxed).saturating_sub(1));
+        self.hearts.add(sequence.output.heart());
+        Some(sequence)
+    }
+
+    /// The tokens of the prompt, or why not.
+    fn check(&self, request: &Request, deadline: Instant) -> Result<Vec<u32>, Refused> {
+        match self.shared.state() {
+            ModelState::Failed { why } => {
+                return Err(refuse(RefusalKind::Draining, None, format!("the engine has failed: {why}")));
+            }
+            _ if self.shared.stopped() => {
+                return Err(refuse(RefusalKind::Draining, None, "the engine is shutting down".into()));
+            }
+            _ => {}
+        }
+        if Instant::now() >= deadline {
+            let message = "the time was up before the work began".into();
+            return Err(refuse(RefusalKind::DeadlineExceeded, None, message));
+        }
+        if request.digest != self.digest {
+            let message = format!("{} is not here: this engine runs {}", request.digest, self.digest);
+            return Err(refuse(RefusalKind::UnknownModel, Some("model"), message));
+        }
+        check_extra(request)?;
+        check_sampling(&request.sampling)?;
+        if request.messages.is_empty() {
+            return Err(invalid("messages", "there must be at least one message"));
+        }
+        if let Some(id) = request.resume.iter().find(|id| **id >= self.vocabulary) {
+            return Err(invalid("resume", &format!("token {id} is none of the model's {}", self.vocabulary)));
+        }
+        let exceeded = |tokens: String| {
+            let message = format!(
+                "This model's maximum context length is {} tokens. However, your messages resulted in {tokens} tokens, \
+                 and an answer needs at least one more. Please shorten the messages.",
+                self.context_length
+            );
+            refuse(RefusalKind::ContextExceeded, Some("messages"), message)
+        };
+        // No tokenizer makes fewer tokens of so many bytes, and tokenizing them would take long.
+        let bytes: usize = request.messages.iter().map(|message| message.content.len()).sum();
+        let least = bytes / self.codec.longest().max(1);
+        if least >= self.context_length as usize {
+            return Err(exceeded(format!("more than {least}")));
+        }
+        let prompt = self.codec.prompt(&request.messages).map_err(|error| invalid("messages", &error.0))?;
+        if prompt.len() >= self.context_length as usize {
+            return Err(exceeded(prompt.len().to_string()));
+        }
+        if prompt.is_empty() {
+            return Err(invalid("messages", "the prompt has no tokens"));
+        }
+        if prompt.len() + request.resume.len() > self.context_length as usize {
+            let message = format!("prompt and resumed tokens do not fit into {} tokens", self.context_length);
+            return Err(invalid("resume", &message));
+        }
+        Ok(prompt)
+    }
+}
+
+fn check_sampling(sampling: &Sampling) -> Result<(), Refused> {
+    let Sampling { temperature, top_p, max_tokens, stop, .. } = sampling;
+    if !(0.0..=2.0).contains(temperature) {
+        return Err(invalid("temperature", &format!("it is {temperature}, but must be from 0 to 2")));
+    }
+    if !(0.0..=1.0).contains(top_p) {
+        return Err(invalid("top_p", &format!("it is {top_p}, but must be from 0 to 1")));
+    }
+    if *max_tokens == Some(0) {
+        return Err(invalid("max_tokens", "it is 0, but must be at least 1"));
+    }
+    if stop.len() > MAX_STOPS {
+        return Err(invalid("stop", &format!("there are {} stop texts, at most {MAX_STOPS} are possible", stop.len())));
+    }
+    if stop.iter().any(|text| text.is_empty() || text.len() > MAX_STOP_BYTES) {
+        return Err(invalid("stop", &format!("a stop text must have 1 to {MAX_STOP_BYTES} bytes")));
+    }
+    Ok(())
+}
+
+/// Refuses every member that this engine would have to ignore, by name.
+fn check_extra(request: &Request) -> Result<(), Refused> {
+    check_members(&request.extra, "", "extra")?;
+    for (index, message) in request.messages.iter().enumerate() {
+        check_members(&message.extra, &format!("messages[{index}]."), &format!("messages[{index}]"))?;
+    }
+    Ok(())
+}
+
+fn check_members(json: &[u8], prefix: &str, whole: &str) -> Result<(), Refused> {
+    if json.is_empty() {
+        return Ok(());
+    }
+    let members: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(json).map_err(|why| invalid(whole, &format!("not a JSON object: {why}")))?;
+    match members.iter().find(|(name, value)| !(value.is_null() || prefix.is_empty() && is_usual(name, value))) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let param = format!("{prefix}{name}");
+            let message = format!("'{param}' is not supported by this model's engine");
+            Err(refuse(RefusalKind::UnsupportedField, Some(&param), message))
+        }
+    }
+}
+
+/// The member asks for what happens anyway (some client libraries always send these).
+fn is_usual(name: &str, value: &serde_json::Value) -> bool {
+    match name {
+        "n" => value.as_f64() == Some(1.0),
+        "frequency_penalty" | "presence_penalty" => value.as_f64() == Some(0.0),
+        "logprobs" => value == false,
+        "logit_bias" => value.as_object().is_some_and(serde_json::Map::is_empty),
+        "response_format" => *value == serde_json::json!({ "type": "text" }),
+        _ => false,
+    }
+}
+
+fn invalid(param: &str, message: &str) -> Refused {
+    refuse(RefusalKind::InvalidField, Some(param), format!("Invalid '{param}': {message}"))
+}
+
+fn refuse(kind: RefusalKind, param: Option<&str>, message: String) -> Refused {
+    Refused { kind, message, param: param.map(ToString::to_string), retry_after_ms: None }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

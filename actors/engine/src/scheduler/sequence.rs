@@ -1,0 +1,172 @@
+//! One request that has been taken: its tokens, its place, its way out.
+
+use std::time::{Duration, Instant};
+
+use ingle_protocol::wire::Answer;
+use ingle_protocol::wire::v1::{Failed, FailureKind, FinishReason, Finished, Priority, Sampling, Token, Usage};
+
+use super::intake::Place;
+use super::output::{Lingering, Output};
+use crate::text::{Codec, Detokenizer};
+
+/// A request from its admission to the queue to its end.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub output: Output,
+    pub priority: Priority,
+    pub sampling: Sampling,
+    pub deadline: Instant,
+    /// Prompt, resumed tokens, generated tokens.
+    pub tokens: Vec<u32>,
+    /// How many of them the engine has seen.
+    pub computed: usize,
+    pub slot: u32,
+    pub has_slot: bool,
+    /// The step of its last chunk.
+    pub last_chunk: u64,
+    pub prompt: u32,
+    pub resumed: u32,
+    pub context_length: u32,
+    pub detokenizer: Detokenizer,
+    /// Held while it waits.
+    pub place: Option<Place>,
+    pub times: Times,
+    pub span: tracing::Span,
+}
+
+/// When what happened.
+#[derive(Debug)]
+pub(crate) struct Times {
+    pub submitted: Instant,
+    pub admitted: Option<Instant>,
+    pub first_token: Option<Instant>,
+}
+
+/// How a sequence ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum End {
+    Finished(FinishReason),
+    Failed(FailureKind, String),
+    /// Nobody listens any more.
+    Cancelled,
+}
+
+/// The last frame of an answer that nobody took in time.
+pub(super) fn too_slow(deadline: Duration) -> Answer {
+    Answer::Failed(Failed {
+        kind: FailureKind::ReaderTooSlow,
+        message: format!("nobody read the answer for {} s", deadline.as_secs_f32()),
+        retryable: false,
+        migratable: false,
+    })
+}
+
+impl Sequence {
+    /// Tokens that the engine has not seen.
+    pub fn left(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// The next tokens for the engine, at most `limit`.
+    pub fn next_tokens(&self, limit: usize) -> &[u32] {
+        &self.tokens[self.computed..][..limit.min(self.left())]
+    }
+
+    /// It has a slot and somebody takes what it says.
+    pub fn is_computable(&self) -> bool {
+        self.has_slot && !self.output.is_stalled()
+    }
+
+    /// Tokens of the answer, resumed ones included.
+    pub fn generated(&self) -> u32 {
+        self.tokens.len() as u32 - self.prompt
+    }
+
+    pub fn admit(&mut self, slot: u32, now: Instant) {
+        (self.slot, self.has_slot, self.place) = (slot, true, None);
+        self.times.admitted = Some(now);
+        self.tell_progress();
+    }
+
+    /// How much of the prompt has been read, until there is a token.
+    pub fn tell_progress(&self) {
+        if self.times.first_token.is_none() {
+            let total = self.prompt + self.resumed;
+            self.output.prefilled((self.computed as u32).min(total), total);
+        }
+    }
+
+    /// Takes a generated token and sends it. `Some` where it was the last.
+    pub fn take(&mut self, id: u32, codec: &dyn Codec, now: Instant) -> Option<End> {
+        if self.times.first_token.is_none() {
+            self.times.first_token = Some(now);
+            self.output.hush();
+        }
+        let position = self.generated();
+        self.tokens.push(id);
+        let mut piece = self.detokenizer.push(codec, id);
+        let mut end = if piece.stopped || codec.is_end(id) { Some(FinishReason::Stop) } else { self.is_full() };
+        if end.is_some() && !piece.stopped {
+            let rest = self.detokenizer.finish();
+            piece.text.extend_from_slice(&rest.text);
+            if rest.stopped {
+                end = Some(FinishReason::Stop);
+            }
+        }
+        self.output.send(Answer::Token(Token { position, id, text: piece.text }));
+        end.map(End::Finished)
+    }
+
+    /// There may be no further token.
+    fn is_full(&self) -> Option<FinishReason> {
+        let full = self.sampling.max_tokens.is_some_and(|most| self.generated() >= most);
+        (full || self.tokens.len() >= self.context_length as usize).then_some(FinishReason::Length)
+    }
+
+    /// Replays resumed tokens. `Some` where the answer was complete already.
+    pub fn replay(&mut self, codec: &dyn Codec) -> Option<End> {
+        for index in self.prompt as usize..self.tokens.len() {
+            let id = self.tokens[index];
+            if self.detokenizer.push(codec, id).stopped || codec.is_end(id) {
+                return Some(End::Finished(FinishReason::Stop));
+            }
+        }
+        self.is_full().map(End::Finished)
+    }
+
+    /// Sends the last frame and writes down what the request took. `Some` while the reader has to catch up.
+    pub fn end(self, end: End) -> Option<Lingering> {
+        self.log(&end);
+        let usage = Usage { prompt_tokens: self.prompt, cached_tokens: 0, completion_tokens: self.generated() };
+        match end {
+            End::Finished(reason) => self.output.end(Answer::Finished(Finished { reason, usage })),
+            End::Failed(kind, message) => {
+                let goes_on = matches!(kind, FailureKind::EngineError | FailureKind::ShuttingDown);
+                let retryable = goes_on && self.generated() == 0;
+                self.output.end_now(Answer::Failed(Failed { kind, message, retryable, migratable: goes_on }));
+                None
+            }
+            End::Cancelled => None,
+        }
+    }
+
+    fn log(&self, end: &End) {
+        let now = Instant::now();
+        let ms = |from: Instant, to: Instant| to.duration_since(from).as_secs_f64() * 1e3;
+        let Times { submitted, admitted, first_token } = self.times;
+        let started = admitted.unwrap_or(now);
+        self.span.in_scope(|| {
+            tracing::info!(
+                end = ?end,
+                prompt_tokens = self.prompt,
+                resumed_tokens = self.resumed,
+                completion_tokens = self.generated(),
+                queue_ms = ms(submitted, started),
+                prefill_ms = first_token.map(|first| ms(started, first)),
+                first_token_ms = first_token.map(|first| ms(submitted, first)),
+                total_ms = ms(submitted, now),
+                "request ended"
+            );
+        });
+    }
+}

@@ -1,0 +1,33 @@
+//! A first run of the engine before it answers anybody: it fills caches and gives the first measured rates.
+
+use std::time::Instant;
+
+use crate::snapshot::Shared;
+use crate::{EngineError, StepEngine, StepEntry};
+
+/// Single tokens after the chunk; the fastest counts, as the others may have been disturbed.
+const DECODES: u32 = 3;
+
+pub(super) fn warm_up(engine: &mut dyn StepEngine, shared: &Shared) -> Result<(), EngineError> {
+    let capabilities = engine.capabilities();
+    let chunk = capabilities.chunk.min(capabilities.context_length.saturating_sub(DECODES)).max(1);
+    let vocabulary = capabilities.vocabulary.max(1);
+    let entry = |position: u32| StepEntry { token: position % vocabulary, slot: 0, position };
+    let prompt: Vec<StepEntry> = (0..chunk).map(entry).collect();
+    let started = Instant::now();
+    engine.step(&prompt, &[prompt.len() - 1])?;
+    shared.observe_prefill(chunk as f32 / started.elapsed().as_secs_f32());
+    let mut best = 0.0f32;
+    for position in chunk..(chunk + DECODES).min(capabilities_length(engine)) {
+        let started = Instant::now();
+        engine.step(&[entry(position)], &[0])?;
+        best = best.max(1.0 / started.elapsed().as_secs_f32());
+    }
+    shared.observe_decode(best);
+    engine.release(0);
+    Ok(())
+}
+
+fn capabilities_length(engine: &dyn StepEngine) -> u32 {
+    engine.capabilities().context_length
+}

@@ -1,0 +1,215 @@
+//! What an engine says about itself, written by its threads and read by anybody at any time.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use ingle_protocol::wire::v1::ModelState;
+use tokio::sync::watch;
+
+/// State and counters of an engine at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineSnapshot {
+    /// Where the model stands.
+    pub state: ModelState,
+    /// What it runs on, in words; empty until it is loaded.
+    pub backend: String,
+    /// Engines of the same class give the same answer bit for bit; empty until it is loaded.
+    pub numerics: String,
+    /// Tokens of one sequence, prompt and answer together; 0 until it is loaded.
+    pub context_length: u32,
+    /// Sequences decoded together.
+    pub slots: u32,
+    /// Request fields beyond the common ones that it honours.
+    pub features: Vec<String>,
+    /// Counts steps (chunks of prompts count).
+    pub step: u64,
+    /// Sequences that have a slot.
+    pub running: u32,
+    /// Requests that wait for one.
+    pub waiting: u32,
+    /// Tokens generated in the last second.
+    pub tokens_per_second: f32,
+    /// Tokens of prompt a second while it reads one; 0 until measured.
+    pub prefill_rate: f32,
+    /// Tokens a second of one sequence; 0 until measured.
+    pub decode_rate: f32,
+}
+
+#[derive(Debug)]
+pub(crate) struct Facts {
+    pub state: ModelState,
+    pub backend: String,
+    pub numerics: String,
+    pub context_length: u32,
+    pub slots: u32,
+}
+
+/// The part that all threads of an engine share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    facts: Mutex<Facts>,
+    version: watch::Sender<u64>,
+    pub step: AtomicU64,
+    pub running: AtomicU32,
+    pub waiting: AtomicU32,
+    pub stop: AtomicBool,
+    prefill_rate: AtomicU32,
+    decode_rate: AtomicU32,
+    recent: Mutex<RecentTokens>,
+}
+
+/// A lock whose holder panicked guards plain data that is whole at every moment: go on with it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub fn new(slots: u32) -> Self {
+        let facts = Facts {
+            state: ModelState::Loading,
+            backend: String::new(),
+            numerics: String::new(),
+            context_length: 0,
+            slots,
+        };
+        Self {
+            facts: Mutex::new(facts),
+            version: watch::Sender::new(0),
+            step: AtomicU64::new(0),
+            running: AtomicU32::new(0),
+            waiting: AtomicU32::new(0),
+            stop: AtomicBool::new(false),
+            prefill_rate: AtomicU32::new(0),
+            decode_rate: AtomicU32::new(0),
+            recent: Mutex::new(RecentTokens::new(Instant::now())),
+        }
+    }
+
+    /// Changes the slow facts and tells whoever waits for a change.
+    pub fn update(&self, change: impl FnOnce(&mut Facts)) {
+        change(&mut lock(&self.facts));
+        self.version.send_modify(|version| *version += 1);
+    }
+
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.version.subscribe()
+    }
+
+    pub fn state(&self) -> ModelState {
+        lock(&self.facts).state.clone()
+    }
+
+    pub fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    pub fn count_tokens(&self, now: Instant, tokens: u32) {
+        lock(&self.recent).add(now, tokens);
+    }
+
+    /// Rates are exponentially weighted means; the first measurement is taken as it is.
+    pub fn observe_prefill(&self, tokens_per_second: f32) {
+        observe(&self.prefill_rate, tokens_per_second);
+    }
+
+    pub fn observe_decode(&self, tokens_per_second: f32) {
+        observe(&self.decode_rate, tokens_per_second);
+    }
+
+    pub fn decode_rate(&self) -> f32 {
+        f32::from_bits(self.decode_rate.load(Ordering::Relaxed))
+    }
+
+    pub fn snapshot(&self) -> EngineSnapshot {
+        let facts = lock(&self.facts);
+        EngineSnapshot {
+            state: facts.state.clone(),
+            backend: facts.backend.clone(),
+            numerics: facts.numerics.clone(),
+            context_length: facts.context_length,
+            slots: facts.slots,
+            features: Vec::new(),
+            step: self.step.load(Ordering::Relaxed),
+            running: self.running.load(Ordering::Relaxed),
+            waiting: self.waiting.load(Ordering::Relaxed),
+            tokens_per_second: lock(&self.recent).per_second(Instant::now()),
+            prefill_rate: f32::from_bits(self.prefill_rate.load(Ordering::Relaxed)),
+            decode_rate: self.decode_rate(),
+        }
+    }
+}
+
+/// How much a new measurement counts against all earlier ones.
+const RATE_WEIGHT: f32 = 0.2;
+
+fn observe(rate: &AtomicU32, measured: f32) {
+    if measured.is_finite() && measured > 0.0 {
+        let old = f32::from_bits(rate.load(Ordering::Relaxed));
+        let new = if old == 0.0 { measured } else { old + RATE_WEIGHT * (measured - old) };
+        rate.store(new.to_bits(), Ordering::Relaxed);
+    }
+}
+
+/// Tokens of the last second, in tenths.
+#[derive(Debug)]
+struct RecentTokens {
+    start: Instant,
+    tenths: [(u64, u32); 10],
+}
+
+impl RecentTokens {
+    fn new(start: Instant) -> Self {
+        Self { start, tenths: [(0, 0); 10] }
+    }
+
+    fn tenth(&self, now: Instant) -> u64 {
+        // From 10 on, so that no tenth of the first second is taken for the zeroed ones.
+        u64::try_from(now.saturating_duration_since(self.start).as_millis() / 100).unwrap_or(u64::MAX - 10) + 10
+    }
+
+    fn add(&mut self, now: Instant, tokens: u32) {
+        let tenth = self.tenth(now);
+        let place = &mut self.tenths[(tenth % 10) as usize];
+        if place.0 != tenth {
+            *place = (tenth, 0);
+        }
+        place.1 = place.1.saturating_add(tokens);
+    }
+
+    fn per_second(&self, now: Instant) -> f32 {
+        let tenth = self.tenth(now);
+        self.tenths.iter().filter(|(at, _)| *at + 10 > tenth).map(|(_, tokens)| *tokens as f32).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn only_the_last_second_counts() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut recent = RecentTokens::new(start);
+        assert_eq!(recent.per_second(at(0)), 0.0);
+        recent.add(at(0), 3);
+        recent.add(at(850), 4);
+        assert_eq!(recent.per_second(at(900)), 7.0);
+        assert_eq!(recent.per_second(at(1100)), 4.0);
+        recent.add(at(1850), 1);
+        assert_eq!(recent.per_second(at(1850)), 1.0);
+        assert_eq!(recent.per_second(at(100_000)), 0.0);
+    }
+
+    #[test]
+    fn rates_follow_slowly_and_ignore_nonsense() {
+        let shared = Shared::new(1);
+        shared.observe_decode(f32::INFINITY);
+        assert_eq!(shared.decode_rate(), 0.0);
+        shared.observe_decode(10.0);
+        shared.observe_decode(20.0);
+        assert_eq!(shared.decode_rate(), 12.0);
+    }
+}

@@ -1,0 +1,70 @@
+//! The floor under the scheduler: something that computes logits, one step at a time.
+
+use crate::EngineError;
+
+/// One token to be computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepEntry {
+    /// The token.
+    pub token: u32,
+    /// The sequence's place in the batch, below [`Capabilities::slots`].
+    pub slot: u32,
+    /// The token's place in its sequence, from 0, below [`Capabilities::context_length`].
+    pub position: u32,
+}
+
+/// What an engine can do and what it runs on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Sequences at once.
+    pub slots: u32,
+    /// Tokens of one sequence, prompt and answer together.
+    pub context_length: u32,
+    /// Token ids are below this.
+    pub vocabulary: u32,
+    /// How many tokens of one prompt it likes to take in one step.
+    pub chunk: u32,
+    /// What it runs on, in words: `cpu (burn flex, f32)`.
+    pub backend: String,
+    /// Engines of the same class give the same answer bit for bit.
+    pub numerics: String,
+}
+
+/// One row of scores, one score a token of the vocabulary, for each entry that asked for them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Logits {
+    values: Vec<f32>,
+    width: usize,
+}
+
+impl Logits {
+    /// Rows of `width` scores each, one after the other.
+    pub fn new(values: Vec<f32>, width: usize) -> Self {
+        debug_assert!(width > 0 && values.len().is_multiple_of(width));
+        Self { values, width }
+    }
+
+    /// The scores for the `n`-th entry that asked for some.
+    pub fn row(&self, n: usize) -> &[f32] {
+        &self.values[n * self.width..(n + 1) * self.width]
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.values.len().checked_div(self.width).unwrap_or(0)
+    }
+}
+
+/// A model on a device, with room for the state of some sequences. Driven by one thread.
+pub trait StepEngine {
+    /// What it can do.
+    fn capabilities(&self) -> &Capabilities;
+
+    /// Computes `entries` and returns a row of logits for each index in `want_logits` (indices into `entries`,
+    /// rising). Entries of one slot stand together and their positions rise by one from where the slot is; a
+    /// released slot is at 0. What one sequence gets does not depend on which others are in the step.
+    fn step(&mut self, entries: &[StepEntry], want_logits: &[usize]) -> Result<Logits, EngineError>;
+
+    /// Forgets the slot's sequence.
+    fn release(&mut self, slot: u32);
+}
