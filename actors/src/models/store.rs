@@ -1,0 +1,306 @@
+//! Where model files are kept: one folder, each file under the SHA-256 of its content, shared by all nodes of the
+//! machine.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ingle_protocol::ModelDigest;
+use ingle_protocol::wire::v1::ModelState;
+use tokio_util::sync::CancellationToken;
+
+use super::catalog::CatalogModel;
+use super::fetch::Fetch;
+use super::hash::{DigestMemory, LocalFileError, LocalModel, local_file};
+use super::part::Part;
+use super::pypi::Usage;
+use super::source::{Source, SourceError, SourceSettings};
+use crate::platform::{FileLock, LockError, available_disk_space};
+
+/// How often a node looks whether another one has fetched the file. (Waiting in the lock could not be cancelled.)
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// The store, or a file in it, cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The folder cannot be made or read.
+    #[error(
+        "The model folder {dir} cannot be used: {error}. Choose another one, or make it one that you may write to."
+    )]
+    Folder {
+        /// The folder.
+        dir: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// A file is not what its name says.
+    #[error("{path} has SHA-256 {got}: damaged or altered, and refused")]
+    Altered {
+        /// The file.
+        path: PathBuf,
+        /// The hash of what it holds.
+        got: ModelDigest,
+    },
+    /// A file cannot be read or moved.
+    #[error("{path} cannot be used: {error}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+}
+
+/// A model's file is not here and could not be fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// Every source failed.
+    #[error(
+        "The model {model} could not be fetched:\n{}\nCheck this machine's network, or give a GGUF file with --model /path/file.gguf.",
+        .failures.iter().map(|line| format!("  - {line}")).collect::<Vec<_>>().join("\n")
+    )]
+    NoSource {
+        /// The model.
+        model: String,
+        /// What each source said, a line each, in the order tried.
+        failures: Vec<String>,
+    },
+    /// There is no room for it.
+    #[error(
+        "The model {model} needs {needed} bytes of free disk space in {dir}, and {available} are available. Free some, or choose another folder for models."
+    )]
+    NoSpace {
+        /// The model.
+        model: String,
+        /// The store's folder.
+        dir: PathBuf,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes available.
+        available: u64,
+    },
+    /// The room went away while it was fetched.
+    #[error(
+        "The disk of {dir} became full while the model {model} was fetched. What was there of it is removed. Free some space, or choose another folder for models."
+    )]
+    DiskFull {
+        /// The model.
+        model: String,
+        /// The store's folder.
+        dir: PathBuf,
+    },
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The caller does not want it any more.
+    #[error("fetching the model {model} was cancelled")]
+    Cancelled {
+        /// The model.
+        model: String,
+    },
+}
+
+/// The folder of model files.
+#[derive(Debug, Clone)]
+pub struct ModelStore {
+    dir: PathBuf,
+    memory: DigestMemory,
+    settings: SourceSettings,
+}
+
+impl ModelStore {
+    /// Uses `dir`, made where it is missing, with sources as the environment says.
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        Self::open_with(dir, SourceSettings::from_environment())
+    }
+
+    /// [`ModelStore::open`] with sources as told.
+    pub fn open_with(dir: &Path, settings: SourceSettings) -> Result<Self, StoreError> {
+        let failed = |error| StoreError::Folder { dir: dir.to_owned(), error };
+        fs::create_dir_all(dir).map_err(failed)?;
+        let dir = fs::canonicalize(dir).map_err(failed)?;
+        fs::read_dir(&dir).map_err(|error| StoreError::Folder { dir: dir.clone(), error })?;
+        Ok(Self { memory: DigestMemory::new(dir.join("remembered")), dir, settings })
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the file of this content is, if it is here.
+    pub fn path_of(&self, digest: &ModelDigest) -> PathBuf {
+        self.dir.join(format!("{digest}.gguf"))
+    }
+
+    /// The file of this content, if it is here and holds what its name says. It is read only where it has changed
+    /// since it was last checked.
+    pub async fn find(&self, digest: &ModelDigest) -> Result<Option<PathBuf>, StoreError> {
+        self.find_and_say(digest, || ()).await
+    }
+
+    /// A file that somebody brought along, taken as it is and where it is.
+    pub async fn local_file(&self, path: &Path) -> Result<LocalModel, LocalFileError> {
+        local_file(&self.memory, path).await
+    }
+
+    /// The model's file: the one that is here, or else fetched from the model's sources in order. Of several nodes
+    /// of a machine one fetches. Dropping the future ends it as `cancel` does; what can be gone on with is kept.
+    pub async fn ensure(
+        &self,
+        model: &CatalogModel,
+        progress: &(dyn Fn(ModelState) + Send + Sync),
+        cancel: &CancellationToken,
+    ) -> Result<PathBuf, FetchError> {
+        let sources = model.sources.iter().map(|spec| (spec.to_string(), self.settings.source(spec))).collect();
+        self.ensure_from(model, sources, progress, cancel).await
+    }
+
+    /// [`ModelStore::ensure`] from other sources than the model's own.
+    pub(super) async fn ensure_from(
+        &self,
+        model: &CatalogModel,
+        sources: Vec<(String, Result<Box<dyn Source>, SourceError>)>,
+        progress: &(dyn Fn(ModelState) + Send + Sync),
+        cancel: &CancellationToken,
+    ) -> Result<PathBuf, FetchError> {
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(FetchError::Cancelled { model: model.name.clone() }),
+            result = Box::pin(self.ensure_uncancelled(model, sources, progress)) => result,
+        }
+    }
+
+    async fn ensure_uncancelled(
+        &self,
+        model: &CatalogModel,
+        sources: Vec<(String, Result<Box<dyn Source>, SourceError>)>,
+        progress: &(dyn Fn(ModelState) + Send + Sync),
+    ) -> Result<PathBuf, FetchError> {
+        // Unlocked first: what is here and right is what is asked for nearly always.
+        if let Ok(Some(path)) = self.find_and_say(&model.digest, || progress(ModelState::Verifying)).await {
+            return Ok(path);
+        }
+        let lock = self.lock(model, progress).await?;
+        let mut failures = Vec::new();
+        match self.find_and_say(&model.digest, || progress(ModelState::Verifying)).await {
+            // Another node has fetched it meanwhile.
+            Ok(Some(path)) => return Ok(path),
+            Ok(None) => {}
+            Err(StoreError::Altered { path, got }) => {
+                let moved_to = self.corrupt_path(&model.digest);
+                fs::rename(&path, &moved_to).map_err(|error| StoreError::File { path: path.clone(), error })?;
+                let line = format!(
+                    "the file that was here: {}; moved to {}",
+                    StoreError::Altered { path, got },
+                    moved_to.display()
+                );
+                tracing::warn!(model = model.name, "{line}");
+                failures.push(line);
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let fetch = Fetch { store: self, model, part: Part::new(&self.dir, &model.digest), lock, progress };
+        self.fetch(fetch, sources, failures).await
+    }
+
+    async fn find_and_say(
+        &self,
+        digest: &ModelDigest,
+        before_reading: impl FnOnce(),
+    ) -> Result<Option<PathBuf>, StoreError> {
+        let path = self.path_of(digest);
+        match self.memory.digest_of_file(&path, before_reading).await {
+            Ok(got) if got == *digest => Ok(Some(path)),
+            Ok(got) => Err(StoreError::Altered { path, got }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(StoreError::File { path, error }),
+        }
+    }
+
+    /// Waits until no other node of this machine fetches the model, and shows how far it is meanwhile.
+    async fn lock(
+        &self,
+        model: &CatalogModel,
+        progress: &(dyn Fn(ModelState) + Send + Sync),
+    ) -> Result<Arc<FileLock>, StoreError> {
+        let path = self.dir.join(format!("{}.lock", model.digest));
+        let part = Part::new(&self.dir, &model.digest);
+        loop {
+            match FileLock::try_acquire(&path) {
+                Ok(lock) => return Ok(Arc::new(lock)),
+                Err(LockError::Held { .. }) => {}
+                Err(LockError::Io(error)) => return Err(StoreError::File { path, error }),
+            }
+            let done = part.len().max(Usage::of(&self.work_dir(&model.digest)).largest);
+            let total = model.size.unwrap_or(0);
+            progress(ModelState::Fetching { done: if total > 0 { done.min(total) } else { done }, total });
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Where sources may put what they need on the way.
+    pub(super) fn work_dir(&self, digest: &ModelDigest) -> PathBuf {
+        self.dir.join(format!("{digest}.work"))
+    }
+
+    /// Where a file goes that has another content than its name says.
+    pub(super) fn corrupt_path(&self, digest: &ModelDigest) -> PathBuf {
+        self.dir.join(format!("{digest}.corrupt"))
+    }
+
+    pub(super) fn settings(&self) -> &SourceSettings {
+        &self.settings
+    }
+
+    /// Makes a checked file the store's own.
+    pub(super) fn remember(&self, path: &Path, digest: ModelDigest) {
+        self.memory.remember(path, digest);
+    }
+
+    async fn fetch(
+        &self,
+        fetch: Fetch<'_>,
+        sources: Vec<(String, Result<Box<dyn Source>, SourceError>)>,
+        mut failures: Vec<String>,
+    ) -> Result<PathBuf, FetchError> {
+        let model = fetch.model;
+        if let Some(size) = model.size {
+            let needed = size.saturating_sub(fetch.part.len());
+            let available =
+                available_disk_space(&self.dir).map_err(|error| StoreError::Folder { dir: self.dir.clone(), error })?;
+            if available < needed {
+                return Err(FetchError::NoSpace {
+                    model: model.name.clone(),
+                    dir: self.dir.clone(),
+                    needed,
+                    available,
+                });
+            }
+        }
+        for (name, source) in sources {
+            let result = match source {
+                Ok(source) => fetch.from(&name, source.as_ref()).await,
+                Err(error) => Err(error),
+            };
+            match result {
+                Ok(path) => return Ok(path),
+                Err(SourceError::DiskFull) => {
+                    let _ = fetch.part.remove();
+                    return Err(FetchError::DiskFull { model: model.name.clone(), dir: self.dir.clone() });
+                }
+                Err(error) => {
+                    tracing::info!(model = model.name, source = name, %error, "a source did not give the model");
+                    failures.push(format!("{name}: {error}"));
+                }
+            }
+        }
+        Err(FetchError::NoSource { model: model.name.clone(), failures })
+    }
+}
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;
