@@ -1,0 +1,207 @@
+//! `ingle up`: the node, from its sockets to its end.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use ingle_actors::node::{ModelChoice, NodeOptions};
+use ingle_actors::protocol::wire::v1::ModelState;
+use ingle_actors::Node;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::progress::Progress;
+use crate::config::{Listen, Settings, is_loopback};
+use crate::control::ControlServer;
+use crate::exit::UsageError;
+use crate::http::{App, Guard, Server, bind, routes};
+use crate::output::{complain, say};
+
+/// What is already written must still reach its client when the node has ended.
+const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+/// How much longer than its limit a drain may take before we no longer wait for it.
+const DRAIN_MARGIN: Duration = Duration::from_secs(5);
+
+/// Runs a node until a signal comes.
+pub async fn run(settings: Settings) -> anyhow::Result<()> {
+    let mut signals = Signals::new()?;
+    let http = resolve("HTTP", &settings.http).await?;
+    let quic = resolve("QUIC", &settings.quic).await?;
+    refuse_beyond_loopback(http)?;
+    refuse_missing_model(&settings)?;
+    let listener = bind(http).await?;
+    let http = listener.local_addr().context("The HTTP socket has no address")?;
+
+    let start = Box::pin(Node::start(node_options(&settings, http, quic)));
+    let node = tokio::select! {
+        started = start => Arc::new(started?),
+        () = signals.next() => return Ok(()),
+    };
+    let app = Arc::new(App {
+        node: node.clone(),
+        body_limit: settings.body_limit,
+        request_timeout: settings.request_timeout,
+        draining: AtomicBool::new(false),
+    });
+    let guard = Guard { allowed_hosts: settings.allowed_hosts.clone() };
+    let server = Server::start(listener, routes(app.clone(), guard), settings.connections);
+    let control = match ControlServer::start(&settings.state_dir, node.clone(), settings.request_timeout) {
+        Ok(control) => control,
+        Err(error) => {
+            node.shutdown(Duration::ZERO).await;
+            return Err(error);
+        }
+    };
+    say(&format!("Ingle node `{}` at http://{http}", settings.name));
+    let telling = tokio::spawn(tell(node.clone(), http, settings.state_dir_flag()));
+
+    signals.next().await;
+    telling.abort();
+    complain("Ending: running answers may finish. Once more ends at once.");
+    app.draining.store(true, Ordering::Relaxed);
+    tokio::select! {
+        () = end(&node, &server, &control, settings.drain_limit) => {}
+        () = signals.next() => complain("Ended at once."),
+    }
+    Ok(())
+}
+
+/// Drains and ends everything. HTTP goes last: while answers finish, new requests still get a clear 503.
+async fn end(node: &Node, server: &Server, control: &ControlServer, limit: Duration) {
+    if tokio::time::timeout(limit + DRAIN_MARGIN, node.shutdown(limit)).await.is_err() {
+        tracing::warn!("the node did not end in time");
+    }
+    tokio::join!(server.close(FLUSH_LIMIT), control.close(FLUSH_LIMIT));
+}
+
+fn node_options(settings: &Settings, http: SocketAddr, quic: SocketAddr) -> NodeOptions {
+    NodeOptions {
+        state_dir: settings.state_dir.clone(),
+        quic,
+        http,
+        name: settings.name.clone(),
+        mdns: settings.mdns,
+        peers: settings.peers.clone(),
+        model: settings.model.clone(),
+        model_cache: settings.model_cache.clone(),
+    }
+}
+
+async fn resolve(what: &str, listen: &Listen) -> Result<SocketAddr, UsageError> {
+    listen.resolve().await.map_err(|error| UsageError(format!("The {what} address {listen} is not known: {error}.")))
+}
+
+/// Whoever reaches HTTP may use it: until there are accounts that must be this machine alone.
+fn refuse_beyond_loopback(http: SocketAddr) -> Result<(), UsageError> {
+    if is_loopback(http.ip()) {
+        return Ok(());
+    }
+    Err(UsageError(format!(
+        "HTTP at {http} would answer other machines, and everybody who reaches it could use it: authentication is \
+         not built yet. Use a loopback address, as in `--http 127.0.0.1:{}`. Other machines get in as nodes: type \
+         `ingle token`.",
+        http.port()
+    )))
+}
+
+fn refuse_missing_model(settings: &Settings) -> Result<(), UsageError> {
+    match &settings.model {
+        Some(ModelChoice::File(path)) if !path.is_file() => Err(UsageError(format!(
+            "There is no model file {}. --model takes the path of a GGUF file, `default` or `none`.",
+            path.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Tells people how the model is until it is there, and whenever that changes.
+async fn tell(node: Arc<Node>, http: SocketAddr, state_dir_flag: String) {
+    let Some(mut states) = node.model_state() else {
+        say(&ready_lines(http, None, &state_dir_flag));
+        return;
+    };
+    let mut progress = Progress::new();
+    let mut was_ready = false;
+    loop {
+        let state = states.borrow_and_update().clone();
+        progress.show(&state);
+        match &state {
+            ModelState::Ready if was_ready => complain("The model answers again."),
+            ModelState::Ready => {
+                was_ready = true;
+                say(&ready_lines(http, node.own_model(), &state_dir_flag));
+            }
+            ModelState::Failed { why } => complain(&format!("The model does not run: {why}")),
+            _ => {}
+        }
+        if states.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// `model` is its name and what it runs on; `None` for a node without one.
+fn ready_lines(http: SocketAddr, model: Option<(String, String)>, state_dir_flag: &str) -> String {
+    let with = match model {
+        Some((name, backend)) if backend.is_empty() => format!("with {name}"),
+        Some((name, backend)) => format!("with {name} on {backend}"),
+        None => "without a model of its own: it asks the other nodes".into(),
+    };
+    let url = format!("http://{http}/v1/chat/completions");
+    // Shells take brackets for patterns.
+    let url = if url.contains('[') { format!("'{url}'") } else { url };
+    format!(
+        "Ready: http://{http}/v1 {with}\n\n  curl {url} -H 'Content-Type: application/json' -d \
+         '{{\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'\n\nTo add a machine, type `ingle \
+         token{state_dir_flag}` here in another terminal and follow what it says. Ctrl-C ends the node."
+    )
+}
+
+/// Ctrl-C and SIGTERM.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        let listen = |kind| signal(kind).map_err(|error| anyhow!("Signals cannot be received: {error}"));
+        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    }
+
+    /// Waits for the next one.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn http_beyond_loopback_is_refused_with_what_to_do() {
+        for address in ["0.0.0.0:80", "192.168.1.5:80", "[::]:80"] {
+            let error = refuse_beyond_loopback(address.parse().unwrap()).unwrap_err();
+            assert!(error.0.contains("authentication is not built yet"), "{error}");
+        }
+        assert!(refuse_beyond_loopback("127.0.0.1:80".parse().unwrap()).is_ok());
+        assert!(refuse_beyond_loopback("[::1]:80".parse().unwrap()).is_ok());
+    }
+
+    #[test]
+    fn the_ready_lines_have_one_command_to_copy() {
+        let model = Some(("smollm2".into(), "cpu".into()));
+        let lines = ready_lines("127.0.0.1:5".parse().unwrap(), model, " --state-dir /s");
+        assert!(lines.starts_with("Ready: http://127.0.0.1:5/v1 with smollm2 on cpu\n"));
+        let curl = lines.lines().find(|line| line.trim_start().starts_with("curl ")).unwrap();
+        let body = curl.split_once("-d '").unwrap().1.strip_suffix('\'').unwrap();
+        assert_eq!(serde_json::from_str::<serde_json::Value>(body).unwrap()["messages"][0]["content"], "hello");
+        assert!(lines.contains("`ingle token --state-dir /s`"));
+        assert!(ready_lines("[::1]:5".parse().unwrap(), None, "").contains("curl 'http://[::1]:5/"));
+    }
+}

@@ -1,0 +1,132 @@
+//! The configuration file: one struct per part, each field with its default.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::logging::LogFormat;
+
+/// `ingle.toml`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConfigFile {
+    /// The node itself.
+    pub node: NodePart,
+    /// HTTP on this machine.
+    pub http: HttpPart,
+    /// QUIC between nodes.
+    pub quic: QuicPart,
+    /// Other nodes.
+    pub cluster: ClusterPart,
+    /// The model that runs here.
+    pub model: ModelPart,
+    /// Logs.
+    pub log: LogPart,
+}
+
+/// The node itself.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NodePart {
+    /// Its name; the host name where missing.
+    pub name: Option<String>,
+    /// Its folder; `ingle` in the user's data folder where missing.
+    pub state_dir: Option<PathBuf>,
+}
+
+/// HTTP on this machine.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpPart {
+    /// `address:port`.
+    pub listen: String,
+    /// Host names beside localhost under which browsers and proxies may address the node.
+    pub allowed_hosts: Vec<String>,
+    /// The most connections at a time.
+    pub connections: usize,
+    /// The longest request body in MiB.
+    pub body_limit_mib: usize,
+    /// How long an answer is still worth something.
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    pub request_timeout: Duration,
+    /// How long running answers may take to finish when the node ends.
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    pub drain_limit: Duration,
+}
+
+impl Default for HttpPart {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:11435".into(),
+            allowed_hosts: vec![],
+            connections: 10_240,
+            body_limit_mib: 8,
+            request_timeout: Duration::from_secs(600),
+            drain_limit: Duration::from_secs(20),
+        }
+    }
+}
+
+/// QUIC between nodes.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct QuicPart {
+    /// `address:port`.
+    pub listen: String,
+}
+
+impl Default for QuicPart {
+    fn default() -> Self {
+        Self { listen: "[::]:11436".into() }
+    }
+}
+
+/// Other nodes.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClusterPart {
+    /// `host:port` of members that are always tried.
+    pub peers: Vec<String>,
+    /// Find and be found on the local network.
+    pub mdns: bool,
+}
+
+impl Default for ClusterPart {
+    fn default() -> Self {
+        Self { peers: vec![], mdns: true }
+    }
+}
+
+/// The model that runs here.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelPart {
+    /// `default`, `none` or a path to a GGUF file.
+    #[serde(rename = "use")]
+    pub choice: String,
+    /// Where model files are kept; `ingle/models` in the user's cache folder where missing.
+    pub cache: Option<PathBuf>,
+}
+
+impl Default for ModelPart {
+    fn default() -> Self {
+        Self { choice: "default".into(), cache: None }
+    }
+}
+
+/// Logs.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogPart {
+    /// `warn`, `info`, `debug`, or a filter as tracing knows it.
+    pub filter: String,
+    /// `text` or `json`.
+    pub format: LogFormat,
+}
+
+impl Default for LogPart {
+    fn default() -> Self {
+        Self { filter: "warn".into(), format: LogFormat::Text }
+    }
+}

@@ -1,0 +1,116 @@
+//! What goes over the control socket: one JSON object a line. A connection carries one request and its replies.
+
+use ingle_actors::monitor::ClusterStatus;
+use ingle_actors::node::{JoinOptions, Joined, MintedToken};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// The longest line. A chat text from standard input and the status of a large cluster fit well.
+pub const LINE_LIMIT: u64 = 8 << 20;
+
+/// What a command asks of the node.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case")]
+pub enum Request {
+    /// The cluster as the node sees it.
+    Status,
+    /// A join token.
+    MintToken {
+        /// Seconds that it is good for.
+        lifetime_s: u64,
+    },
+    /// Join another cluster.
+    Join(JoinOptions),
+    /// Answer a text.
+    Chat {
+        /// What the person says.
+        text: String,
+        /// A model's name; empty for the default one.
+        model: String,
+        /// Instructions, if any.
+        system: Option<String>,
+    },
+}
+
+/// What the node says.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// To `Status`.
+    Status(Box<ClusterStatus>),
+    /// To `MintToken`.
+    Token(MintedToken),
+    /// To `Join`.
+    Joined(Joined),
+    /// To `Chat`: a piece of the answer.
+    Text(String),
+    /// To `Chat`: the answer is complete.
+    Finished {
+        /// The node that answered.
+        node: String,
+        /// The model that answered.
+        model: String,
+        /// `stop` or `length`.
+        reason: String,
+    },
+    /// To everything: it did not work, and why.
+    Error(String),
+}
+
+/// Why a line cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum LineError {
+    /// The socket broke.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// The other side sends more than we take.
+    #[error("a line of more than {} MiB", LINE_LIMIT >> 20)]
+    TooLong,
+    /// The other side speaks something else; perhaps it is of another version.
+    #[error("a line that cannot be understood ({0}); are both sides of one version?")]
+    Unreadable(#[from] serde_json::Error),
+}
+
+/// The next message; `None` at the end.
+pub async fn read<T: for<'de> Deserialize<'de>>(
+    reader: &mut (impl AsyncBufRead + Unpin),
+) -> Result<Option<T>, LineError> {
+    let mut line = Vec::new();
+    reader.take(LINE_LIMIT).read_until(b'\n', &mut line).await?;
+    match line.last() {
+        None => Ok(None),
+        Some(b'\n') => Ok(Some(serde_json::from_slice(&line)?)),
+        Some(_) if line.len() as u64 == LINE_LIMIT => Err(LineError::TooLong),
+        Some(_) => Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
+    }
+}
+
+/// Writes a message.
+pub async fn write(writer: &mut (impl AsyncWrite + Unpin), message: &impl Serialize) -> Result<(), LineError> {
+    let mut line = serde_json::to_vec(message)?;
+    if line.len() as u64 >= LINE_LIMIT {
+        return Err(LineError::TooLong);
+    }
+    line.push(b'\n');
+    writer.write_all(&line).await?;
+    Ok(writer.flush().await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn lines_go_round_and_bad_ones_are_told_apart() {
+        let mut bytes = Vec::new();
+        write(&mut bytes, &Request::MintToken { lifetime_s: 5 }).await.unwrap();
+        assert_eq!(bytes, b"{\"command\":\"mint_token\",\"lifetime_s\":5}\n");
+        let mut reader = &bytes[..];
+        assert!(matches!(read::<Request>(&mut reader).await, Ok(Some(Request::MintToken { lifetime_s: 5 }))));
+        assert!(matches!(read::<Request>(&mut reader).await, Ok(None)));
+        assert!(matches!(read::<Request>(&mut &b"{}\n"[..]).await, Err(LineError::Unreadable(_))));
+        assert!(matches!(read::<Request>(&mut &b"{\"comm"[..]).await, Err(LineError::Io(_))));
+        let long = vec![b'x'; LINE_LIMIT as usize + 10];
+        assert!(matches!(read::<Request>(&mut &long[..]).await, Err(LineError::TooLong)));
+    }
+}

@@ -1,0 +1,286 @@
+//! `POST /v1/chat/completions`: dialect in, our request down, frames up, dialect out.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use axum::Extension;
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::Response;
+use ingle_actors::gateway::{ChatRequest, Reply};
+use ingle_actors::protocol::wire::Answer;
+use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Priority, Usage};
+use serde::Serialize;
+use tracing::Span;
+
+use super::error::ok;
+use super::{ApiError, request, stream};
+use crate::http::App;
+use crate::http::authenticate::Principal;
+use crate::http::body;
+use crate::http::request_id::RequestContext;
+use crate::ingress;
+
+/// Name of the node that began the answer.
+const NODE: HeaderName = HeaderName::from_static("x-ingle-node");
+
+/// What all chunks of an answer have in common.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Head {
+    /// `chatcmpl-…`.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The model's full name.
+    pub model: String,
+}
+
+/// What an answer cost, as OpenAI writes it.
+#[derive(Debug, Serialize)]
+pub struct UsageBody {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u32,
+    prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Debug, Serialize)]
+struct PromptTokensDetails {
+    cached_tokens: u32,
+}
+
+impl From<Usage> for UsageBody {
+    fn from(usage: Usage) -> Self {
+        Self {
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.cached_tokens },
+        }
+    }
+}
+
+/// A finish reason as OpenAI writes it.
+pub fn finish_reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+    }
+}
+
+#[derive(Serialize)]
+struct Completion {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    choices: [Choice; 1],
+    usage: UsageBody,
+}
+
+#[derive(Serialize)]
+struct Choice {
+    index: u32,
+    message: AnswerMessage,
+    logprobs: Option<()>,
+    finish_reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct AnswerMessage {
+    role: &'static str,
+    content: String,
+    refusal: Option<()>,
+}
+
+/// The handler.
+pub async fn create(
+    State(app): State<Arc<App>>,
+    Extension(context): Extension<RequestContext>,
+    Extension(Principal(principal)): Extension<Principal>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let mut log = RequestLog::new(context.span.clone(), false);
+    let result = answer(&app, context, principal, request, &mut log).await;
+    match result {
+        Ok(Begun::Whole(response)) => Ok(response),
+        Ok(Begun::Stream { head, include_usage, reply, node }) => {
+            log.streams = true;
+            let mut response = stream::respond(head, include_usage, reply.answers, log);
+            insert(&mut response, NODE, &node);
+            Ok(response)
+        }
+        Err(error) => {
+            log.refused(&error);
+            Err(error)
+        }
+    }
+}
+
+/// How an answer goes on.
+enum Begun {
+    /// It is complete.
+    Whole(Response),
+    /// The rest comes.
+    Stream { head: Head, include_usage: bool, reply: Reply, node: String },
+}
+
+async fn answer(
+    app: &App,
+    context: RequestContext,
+    principal: String,
+    request: Request,
+    log: &mut RequestLog,
+) -> Result<Begun, ApiError> {
+    let body = body::read(request, app.body_limit).await?;
+    let parsed = request::parse(&body, ingress::random_seed())?;
+    drop(body);
+    context.span.record("principal", &principal);
+    context.span.record("model", &parsed.model);
+    if let Some(user) = &parsed.user {
+        context.span.record("user", user);
+    }
+    if !app.is_accepting() {
+        return Err(ApiError::unavailable("draining", "This node is shutting down.", None));
+    }
+    let request = ChatRequest {
+        request_id: context.request_id,
+        trace: context.trace,
+        principal,
+        priority: Priority::Normal,
+        deadline: app.request_timeout,
+        model: parsed.model,
+        messages: parsed.messages,
+        sampling: parsed.sampling,
+        extra: parsed.extra,
+    };
+    // On the heap: the future of a whole request through the cluster is large.
+    let mut reply = Box::pin(app.node.chat(request)).await?;
+    context.span.record("model", &reply.model);
+    let head = Head {
+        id: format!("chatcmpl-{}", context.request_id),
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+        model: reply.model.clone(),
+    };
+    let node = reply.node.clone();
+    if parsed.stream {
+        return Ok(Begun::Stream { head, include_usage: parsed.include_usage, reply, node });
+    }
+    let mut response = ok(collect(head, &mut reply, log).await?);
+    insert(&mut response, NODE, &node);
+    Ok(Begun::Whole(response))
+}
+
+/// Waits for the whole answer.
+async fn collect(head: Head, reply: &mut Reply, log: &mut RequestLog) -> Result<Completion, ApiError> {
+    let mut text = Vec::new();
+    loop {
+        let answer = reply.answers.recv().await.unwrap_or_else(stream::broken_off);
+        log.note(&answer);
+        match answer {
+            Answer::Token(token) => text.extend_from_slice(&token.text),
+            Answer::Finished(Finished { reason, usage }) => {
+                let content = String::from_utf8(text)
+                    .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
+                let message = AnswerMessage { role: "assistant", content, refusal: None };
+                let choice = Choice { index: 0, message, logprobs: None, finish_reason: finish_reason(reason) };
+                let Head { id, created, model } = head;
+                let usage = usage.into();
+                return Ok(Completion { id, object: "chat.completion", created, model, choices: [choice], usage });
+            }
+            Answer::Failed(failed) => return Err(failed.into()),
+            Answer::Refused(refused) => return Err(refused.into()),
+            Answer::Accepted(_) | Answer::Progress(_) => {}
+        }
+    }
+}
+
+fn insert(response: &mut Response, name: HeaderName, value: &str) {
+    if let Ok(value) = HeaderValue::try_from(value) {
+        response.headers_mut().insert(name, value);
+    }
+}
+
+/// One line in the log when a request is over, however it ends. Also a client that leaves drops it.
+#[derive(Debug)]
+pub struct RequestLog {
+    span: Span,
+    started: Instant,
+    first_token: Option<Duration>,
+    tokens: u32,
+    status: u16,
+    outcome: Option<&'static str>,
+    streams: bool,
+}
+
+impl RequestLog {
+    /// A request begins.
+    pub fn new(span: Span, streams: bool) -> Self {
+        Self { span, started: Instant::now(), first_token: None, tokens: 0, status: 200, outcome: None, streams }
+    }
+
+    /// A frame went by.
+    pub fn note(&mut self, answer: &Answer) {
+        match answer {
+            Answer::Token(_) => {
+                self.tokens += 1;
+                self.first_token.get_or_insert_with(|| self.started.elapsed());
+            }
+            Answer::Finished(finished) => self.outcome = Some(finish_reason(finished.reason)),
+            Answer::Failed(failed) => self.outcome = Some(failed.kind.as_str()),
+            Answer::Refused(_) => self.outcome = Some("refused"),
+            Answer::Accepted(_) | Answer::Progress(_) => {}
+        }
+    }
+
+    fn refused(&mut self, error: &ApiError) {
+        self.status = error.status.as_u16();
+        self.outcome = Some(error.code.unwrap_or(error.kind));
+    }
+}
+
+impl Drop for RequestLog {
+    fn drop(&mut self) {
+        let milliseconds = |duration: Duration| duration.as_secs_f64() * 1_000.0;
+        self.span.in_scope(|| {
+            tracing::info!(
+                status = self.status,
+                outcome = self.outcome.unwrap_or("client left"),
+                stream = self.streams,
+                tokens = self.tokens,
+                first_token_ms = self.first_token.map(milliseconds),
+                total_ms = milliseconds(self.started.elapsed()),
+                "request over"
+            );
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ingle_actors::protocol::wire::v1::{Accepted, Token};
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_whole_answer_in_the_usual_shape() {
+        let (sender, answers) = mpsc::channel(8);
+        let accepted = Accepted { prompt_tokens: 3, cached_tokens: 1, context_length: 100 };
+        let mut reply = Reply { node: "tower".into(), model: "m".into(), accepted, answers };
+        // A character that two tokens share stays one character.
+        for text in [&b"h"[..], b"\xc3", b"\xa9"] {
+            sender.send(Answer::Token(Token { position: 0, id: 1, text: text.to_vec() })).await.unwrap();
+        }
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 3 };
+        sender.send(Answer::Finished(Finished { reason: FinishReason::Stop, usage })).await.unwrap();
+        let head = Head { id: "chatcmpl-1".into(), created: 5, model: "m".into() };
+        let mut log = RequestLog::new(Span::none(), false);
+        let body = serde_json::to_string(&collect(head, &mut reply, &mut log).await.unwrap()).unwrap();
+        assert_eq!(
+            body,
+            r#"{"id":"chatcmpl-1","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"hé","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":3,"total_tokens":6,"prompt_tokens_details":{"cached_tokens":1}}}"#
+        );
+        assert_eq!((log.outcome, log.tokens), (Some("stop"), 3));
+    }
+}

@@ -1,0 +1,265 @@
+//! The body of a chat completion request. What we have no field for is neither taken and ignored nor refused here:
+//! it travels to the engine as `extra`, and the engine honours it or refuses it by name.
+
+use ingle_actors::protocol::wire::v1::{EXTRA_LIMIT, Message, Role, Sampling};
+use serde_json::{Map, Value, json};
+
+use super::ApiError;
+use super::fields::{Fields, wrong_type};
+use super::json;
+
+/// The most stop texts.
+const MOST_STOPS: usize = 4;
+
+/// A chat completion request, understood.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CompletionRequest {
+    /// As the client wrote it; empty for none.
+    pub model: String,
+    /// At least one.
+    pub messages: Vec<Message>,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Answer as a stream of events.
+    pub stream: bool,
+    /// Say the usage at the end of the stream.
+    pub include_usage: bool,
+    /// What the client calls its user, for logs.
+    pub user: Option<String>,
+    /// Members without a field here, as a JSON object; empty for none.
+    pub extra: Vec<u8>,
+}
+
+/// Reads a request body. `random_seed` is taken where the client chose no seed.
+pub fn parse(body: &[u8], random_seed: u64) -> Result<CompletionRequest, ApiError> {
+    let text = std::str::from_utf8(body)
+        .map_err(|error| ApiError::unreadable(format!("The request body is not UTF-8: {error}.")))?;
+    let value = json::parse(text.as_bytes())
+        .map_err(|error| ApiError::unreadable(format!("The request body is not valid JSON: {error}.")))?;
+    let mut fields = Fields::new(value, "")?;
+
+    let model = fields.text("model")?.unwrap_or_default();
+    let messages = messages(&mut fields)?;
+    let sampling = Sampling {
+        temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(1.0) as f32,
+        top_p: fields.number("top_p", 0.0..=1.0)?.unwrap_or(1.0) as f32,
+        seed: seed(&mut fields)?.unwrap_or(random_seed),
+        max_tokens: max_tokens(&mut fields)?,
+        stop: stop(&mut fields)?,
+    };
+    let stream = fields.flag("stream")?.unwrap_or(false);
+    let include_usage = include_usage(&mut fields, stream)?;
+    // Who asks changes nothing about the answer: it is for logs only. So are hints for somebody else's cache.
+    let user = fields.text("user")?.or(fields.text("safety_identifier")?);
+    fields.text("prompt_cache_key")?;
+    let extra = extra(without_no_ops(fields.rest()), "")?;
+    Ok(CompletionRequest { model, messages, sampling, stream, include_usage, user, extra })
+}
+
+fn messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
+    let items = match fields.take("messages") {
+        Some(Value::Array(items)) => items,
+        Some(other) => return Err(wrong_type("messages", "an array", &other)),
+        None => return Err(ApiError::invalid("messages", "`messages` is missing: write at least one message.")),
+    };
+    if items.is_empty() {
+        return Err(ApiError::invalid("messages", "`messages` is empty: write at least one message."));
+    }
+    items.into_iter().enumerate().map(|(index, item)| message(item, format!("messages[{index}]"))).collect()
+}
+
+fn message(value: Value, path: String) -> Result<Message, ApiError> {
+    let mut fields = Fields::new(value, path.clone())?;
+    let role_path = fields.path_of("role");
+    let role = match fields.text("role")?.as_deref() {
+        Some("system" | "developer") => Role::System,
+        Some("user") => Role::User,
+        Some("assistant") => Role::Assistant,
+        Some("tool") => Role::Tool,
+        Some(other) => {
+            let other: String = other.chars().take(80).collect();
+            let message = format!(
+                "`{role_path}` is `{other}`: it must be one of system, developer, user, assistant and tool."
+            );
+            return Err(ApiError::invalid(role_path, message));
+        }
+        None => return Err(ApiError::invalid(role_path.clone(), format!("`{role_path}` is missing."))),
+    };
+    let content_path = fields.path_of("content");
+    let content = fields.take("content");
+    let mut rest = fields.rest();
+    // Empty lists say the same as no member.
+    rest.retain(|name, value| {
+        !(matches!(name.as_str(), "tool_calls" | "annotations") && value.as_array().is_some_and(Vec::is_empty))
+    });
+    let content = match content {
+        Some(Value::String(text)) => text,
+        Some(Value::Array(parts)) => text_of_parts(parts, &content_path)?,
+        Some(other) => return Err(wrong_type(content_path, "a string or an array of text parts", &other)),
+        // An answer that consisted of tool calls has no text.
+        None if role == Role::Assistant && rest.contains_key("tool_calls") => String::new(),
+        None => {
+            let message = format!("`{content_path}` is missing: it must be a string or an array of text parts.");
+            return Err(ApiError::invalid(content_path, message));
+        }
+    };
+    Ok(Message { role, content, extra: extra(rest, &path)? })
+}
+
+/// The texts of all parts, a line break between them.
+fn text_of_parts(parts: Vec<Value>, path: &str) -> Result<String, ApiError> {
+    let mut texts = Vec::with_capacity(parts.len());
+    for (index, part) in parts.into_iter().enumerate() {
+        let mut fields = Fields::new(part, format!("{path}[{index}]"))?;
+        let type_path = fields.path_of("type");
+        match fields.text("type")?.as_deref() {
+            Some("text") => {}
+            Some(other) => {
+                let other: String = other.chars().take(80).collect();
+                let message = format!("`{type_path}` is `{other}`: only text parts are supported.");
+                return Err(ApiError::unsupported(type_path, message));
+            }
+            None => return Err(ApiError::invalid(type_path.clone(), format!("`{type_path}` is missing."))),
+        }
+        let text_path = fields.path_of("text");
+        let text = fields.text("text")?;
+        texts.push(text.ok_or_else(|| ApiError::invalid(text_path.clone(), format!("`{text_path}` is missing.")))?);
+        refuse_rest(fields)?;
+    }
+    Ok(texts.join("\n"))
+}
+
+fn refuse_rest(fields: Fields) -> Result<(), ApiError> {
+    let path = fields.path_of("");
+    match fields.rest().into_iter().next() {
+        None => Ok(()),
+        Some((name, _)) => {
+            let path = format!("{path}{}", name.chars().take(80).collect::<String>());
+            let message = format!("`{path}` is not supported.");
+            Err(ApiError::unsupported(path, message))
+        }
+    }
+}
+
+/// `max_completion_tokens` or its older name.
+fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let old = fields.count("max_tokens")?;
+    let new = fields.count("max_completion_tokens")?;
+    match (old, new) {
+        (Some(old), Some(new)) if old != new => Err(ApiError::invalid(
+            "max_tokens",
+            format!("`max_tokens` is {old} and `max_completion_tokens` is {new}: write one of the two."),
+        )),
+        (old, new) => Ok(new.or(old)),
+    }
+}
+
+fn seed(fields: &mut Fields) -> Result<Option<u64>, ApiError> {
+    let Some(value) = fields.take("seed") else { return Ok(None) };
+    // Negative seeds are seeds like all others: two's complement keeps them apart.
+    let seed = value.as_i64().map(|seed| seed as u64).or(value.as_u64());
+    seed.map(Some).ok_or_else(|| wrong_type("seed", "a whole number of 64 bits", &value))
+}
+
+fn stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
+    let items = match fields.take("stop") {
+        None => return Ok(vec![]),
+        Some(Value::Array(items)) => items,
+        Some(Value::String(text)) if text.is_empty() => {
+            return Err(ApiError::invalid("stop", "`stop` is empty: every answer would end before it begins."));
+        }
+        Some(Value::String(text)) => return Ok(vec![text]),
+        Some(other) => return Err(wrong_type("stop", "a string or an array of strings", &other)),
+    };
+    if items.len() > MOST_STOPS {
+        let message = format!("`stop` has {} texts: at most {MOST_STOPS} are possible.", items.len());
+        return Err(ApiError::invalid("stop", message));
+    }
+    let text = |(index, item)| match item {
+        Value::String(text) if !text.is_empty() => Ok(text),
+        other => Err(wrong_type(format!("stop[{index}]"), "a string that is not empty", &other)),
+    };
+    items.into_iter().enumerate().map(text).collect()
+}
+
+fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
+    let Some(value) = fields.take("stream_options") else { return Ok(false) };
+    if !stream {
+        return Err(ApiError::invalid("stream_options", "`stream_options` needs `stream` to be true."));
+    }
+    let mut options = Fields::new(value, "stream_options")?;
+    let include = options.flag("include_usage")?.unwrap_or(false);
+    if options.flag("include_obfuscation")?.unwrap_or(false) {
+        let path = "stream_options.include_obfuscation";
+        return Err(ApiError::unsupported(path, format!("`{path}` is not supported.")));
+    }
+    refuse_rest(options)?;
+    Ok(include)
+}
+
+/// Members with the value that they have anyway say nothing: they are dropped, so that client libraries that
+/// always send them work. All others stay.
+fn without_no_ops(mut members: Map<String, Value>) -> Map<String, Value> {
+    let table = [
+        ("n", json!([1])),
+        ("presence_penalty", json!([0])),
+        ("frequency_penalty", json!([0])),
+        ("logit_bias", json!([{}])),
+        ("logprobs", json!([false])),
+        ("top_logprobs", json!([0])),
+        ("tools", json!([[]])),
+        ("functions", json!([[]])),
+        ("response_format", json!([{"type": "text"}])),
+        ("modalities", json!([["text"]])),
+        ("service_tier", json!(["auto", "default"])),
+        ("store", json!([false])),
+        ("metadata", json!([{}])),
+        ("verbosity", json!(["medium"])),
+    ];
+    for (name, values) in table {
+        let same = |value: &Value| values.as_array().is_some_and(|v| v.iter().any(|no_op| equal(value, no_op)));
+        if members.get(name).is_some_and(same) {
+            members.remove(name);
+        }
+    }
+    // These say something only about tools.
+    if !members.contains_key("tools") && members.get("tool_choice").is_some_and(|v| v == "none" || v == "auto") {
+        members.remove("tool_choice");
+    }
+    if !members.contains_key("functions") && members.get("function_call").is_some_and(|v| v == "none" || v == "auto") {
+        members.remove("function_call");
+    }
+    if !members.contains_key("tools") && members.get("parallel_tool_calls").is_some_and(Value::is_boolean) {
+        members.remove("parallel_tool_calls");
+    }
+    members
+}
+
+/// Equal as JSON means it: 0 is 0.0.
+fn equal(a: &Value, b: &Value) -> bool {
+    match (a.as_f64(), b.as_f64()) {
+        (Some(a), Some(b)) => a == b,
+        _ => a == b,
+    }
+}
+
+/// What is left, as bytes. `path` is where the object stands; empty for the whole request.
+fn extra(rest: Map<String, Value>, path: &str) -> Result<Vec<u8>, ApiError> {
+    if rest.is_empty() {
+        return Ok(vec![]);
+    }
+    let first = rest.keys().next().cloned().unwrap_or_default();
+    let bytes = serde_json::to_vec(&rest)
+        .map_err(|error| ApiError::unreadable(format!("The request cannot be passed on: {error}.")))?;
+    if bytes.len() > EXTRA_LIMIT {
+        let first: String = first.chars().take(80).collect();
+        let param = if path.is_empty() { first } else { format!("{path}.{first}") };
+        let message = format!("`{param}` and the other less common fields are longer than {} KiB.", EXTRA_LIMIT >> 10);
+        return Err(ApiError::invalid(param, message));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+#[path = "request_tests.rs"]
+mod tests;

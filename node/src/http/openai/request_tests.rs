@@ -1,0 +1,155 @@
+use super::*;
+
+fn parsed(body: Value) -> CompletionRequest {
+    parse(body.to_string().as_bytes(), 7).unwrap()
+}
+
+/// A request with the given members beside one message.
+fn with(members: Value) -> Value {
+    let mut body = json!({"messages": [{"role": "user", "content": "hi"}]});
+    for (name, value) in members.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+    body
+}
+
+#[test]
+fn a_bare_request_gets_the_usual_values() {
+    let request = parsed(with(json!({})));
+    assert_eq!(request.model, "");
+    assert_eq!(request.messages, [Message { role: Role::User, content: "hi".into(), extra: vec![] }]);
+    let sampling = Sampling { temperature: 1.0, top_p: 1.0, seed: 7, max_tokens: None, stop: vec![] };
+    assert_eq!(request.sampling, sampling);
+    assert!(!request.stream && !request.include_usage && request.extra.is_empty() && request.user.is_none());
+}
+
+#[test]
+fn every_field_is_taken() {
+    let request = parsed(with(json!({
+        "model": "m", "temperature": 0, "top_p": 0.5, "seed": -1, "max_tokens": 5, "max_completion_tokens": 5,
+        "stop": ["a", "b"], "stream": true, "stream_options": {"include_usage": true}, "user": "u",
+    })));
+    let sampling =
+        Sampling { temperature: 0.0, top_p: 0.5, seed: u64::MAX, max_tokens: Some(5), stop: vec!["a".into(), "b".into()] };
+    assert_eq!(request.sampling, sampling);
+    assert!(request.stream && request.include_usage && request.extra.is_empty());
+    assert_eq!((request.model.as_str(), request.user.as_deref()), ("m", Some("u")));
+    assert_eq!(parsed(with(json!({"stop": "x"}))).sampling.stop, ["x"]);
+    assert_eq!(parsed(with(json!({"max_completion_tokens": 1u64 << 40}))).sampling.max_tokens, Some(u32::MAX));
+    assert_eq!(parsed(with(json!({"seed": u64::MAX}))).sampling.seed, u64::MAX);
+}
+
+#[test]
+fn roles_and_contents_of_all_kinds() {
+    let request = parsed(json!({"messages": [
+        {"role": "developer", "content": "d"},
+        {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "x": null}]},
+        {"role": "assistant", "content": null, "tool_calls": [{"id": "1"}], "refusal": null},
+        {"role": "tool", "content": "t", "tool_call_id": "1"},
+        {"role": "assistant", "content": "", "tool_calls": [], "name": "n"},
+    ]}));
+    let roles: Vec<Role> = request.messages.iter().map(|m| m.role).collect();
+    assert_eq!(roles, [Role::System, Role::System, Role::Assistant, Role::Tool, Role::Assistant]);
+    assert_eq!(request.messages[1].content, "a\nb");
+    assert_eq!(request.messages[2].extra, br#"{"tool_calls":[{"id":"1"}]}"#);
+    assert_eq!(request.messages[3].extra, br#"{"tool_call_id":"1"}"#);
+    assert_eq!(request.messages[4].extra, br#"{"name":"n"}"#);
+}
+
+#[test]
+fn fields_that_say_nothing_are_dropped_and_all_others_travel() {
+    let quiet = parsed(with(json!({
+        "n": 1, "presence_penalty": 0.0, "frequency_penalty": 0, "logprobs": false, "tools": [], "logit_bias": {},
+        "parallel_tool_calls": true, "tool_choice": "auto", "response_format": {"type": "text"}, "store": false,
+        "service_tier": "auto", "stream_options": null, "top_logprobs": null, "anything": null, "metadata": {},
+        "max_tokens": null, "temperature": null, "stop": null, "seed": null, "user": null, "model": null,
+        "prompt_cache_key": "k", "safety_identifier": "s",
+    })));
+    assert_eq!(quiet.extra, b"", "{:?}", String::from_utf8_lossy(&quiet.extra));
+    assert_eq!(quiet.user.as_deref(), Some("s"));
+    for (name, value) in [
+        ("n", json!(2)),
+        ("logprobs", json!(true)),
+        ("top_k", json!(5)),
+        ("presence_penalty", json!(0.1)),
+        ("response_format", json!({"type": "json_object"})),
+        ("parallel_tool_calls", json!("yes")),
+        ("tool_choice", json!("required")),
+        ("n", json!("1")),
+    ] {
+        let extra = parsed(with(json!({ name: value.clone() }))).extra;
+        assert_eq!(serde_json::from_slice::<Value>(&extra).unwrap(), json!({ name: value }));
+    }
+    let tools = parsed(with(json!({"tools": [{"type": "function"}], "tool_choice": "none"}))).extra;
+    assert!(String::from_utf8(tools).unwrap().contains("tool_choice"), "with tools it says something");
+}
+
+#[test]
+fn wrong_requests_are_refused_with_the_path_of_the_trouble() {
+    let part = |part: Value| json!({"messages": [{"role": "user", "content": [part]}]});
+    let message = |message: Value| json!({"messages": [{"role": "user", "content": "x"}, message]});
+    for (body, param, expected) in [
+        (json!({}), "messages", "missing"),
+        (json!({"messages": []}), "messages", "empty"),
+        (json!({"messages": null}), "messages", "missing"),
+        (json!({"messages": "hi"}), "messages", "must be an array, but it is a string"),
+        (message(json!("hi")), "messages[1]", "must be an object"),
+        (message(json!({"role": "user", "content": 5})), "messages[1].content", "but it is a number"),
+        (message(json!({"role": "user"})), "messages[1].content", "missing"),
+        (message(json!({"role": "assistant", "content": null})), "messages[1].content", "missing"),
+        (message(json!({"content": "x"})), "messages[1].role", "missing"),
+        (message(json!({"role": "boss", "content": "x"})), "messages[1].role", "`boss`"),
+        (message(json!({"role": 1, "content": "x"})), "messages[1].role", "a string"),
+        (part(json!("x")), "messages[0].content[0]", "an object"),
+        (part(json!({"type": "image_url"})), "messages[0].content[0].type", "only text parts"),
+        (part(json!({"text": "x"})), "messages[0].content[0].type", "missing"),
+        (part(json!({"type": "text"})), "messages[0].content[0].text", "missing"),
+        (part(json!({"type": "text", "text": "x", "y": 1})), "messages[0].content[0].y", "not supported"),
+        (with(json!({"model": 5})), "model", "a string"),
+        (with(json!({"temperature": 2.1})), "temperature", "between 0 and 2"),
+        (with(json!({"temperature": "hot"})), "temperature", "a number"),
+        (with(json!({"top_p": -0.1})), "top_p", "between 0 and 1"),
+        (with(json!({"max_tokens": 0})), "max_tokens", "at least 1"),
+        (with(json!({"max_tokens": -3})), "max_tokens", "at least 1"),
+        (with(json!({"max_tokens": 1.5})), "max_tokens", "a whole number"),
+        (with(json!({"max_tokens": 1, "max_completion_tokens": 2})), "max_tokens", "one of the two"),
+        (with(json!({"seed": 1.5})), "seed", "a whole number"),
+        (with(json!({"stop": ""})), "stop", "empty"),
+        (with(json!({"stop": ["a", "b", "c", "d", "e"]})), "stop", "at most 4"),
+        (with(json!({"stop": ["a", ""]})), "stop[1]", "not empty"),
+        (with(json!({"stop": 5})), "stop", "a string or an array"),
+        (with(json!({"stream": "yes"})), "stream", "a boolean"),
+        (with(json!({"stream_options": {"include_usage": true}})), "stream_options", "needs `stream`"),
+        (with(json!({"stream": true, "stream_options": 5})), "stream_options", "an object"),
+        (
+            with(json!({"stream": true, "stream_options": {"include_usage": 1}})),
+            "stream_options.include_usage",
+            "a boolean",
+        ),
+        (with(json!({"stream": true, "stream_options": {"x": 1}})), "stream_options.x", "not supported"),
+        (with(json!({"user": 5})), "user", "a string"),
+        (with(json!({"grammar": "x".repeat(EXTRA_LIMIT)})), "grammar", "longer than 256 KiB"),
+    ] {
+        let error = parse(body.to_string().as_bytes(), 7).unwrap_err();
+        let shown: String = body.to_string().chars().take(200).collect();
+        assert_eq!(error.status, 400, "{shown}");
+        assert_eq!(error.param.as_deref(), Some(param), "{shown}: {}", error.message);
+        assert!(error.message.contains(expected), "{shown}: {}", error.message);
+    }
+}
+
+#[test]
+fn bodies_that_are_no_json_object_are_refused_with_the_place() {
+    for (body, expected) in [
+        (&b"{\"messages\": [}"[..], "line 1 column 15"),
+        (b"", "EOF"),
+        (b"[]", "must be a JSON object, but it is an array"),
+        (b"null", "but it is null"),
+        (b"{\"a\":\"\xff\"}", "not UTF-8"),
+        (br#"{"model":"a","model":"b"}"#, "stands there twice"),
+    ] {
+        let error = parse(body, 7).unwrap_err();
+        assert_eq!((error.status.as_u16(), error.code), (400, Some("invalid_json")));
+        assert!(error.message.contains(expected), "{}", error.message);
+    }
+}

@@ -1,0 +1,287 @@
+//! A completion as server-sent events.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use ingle_actors::protocol::wire::Answer;
+use ingle_actors::protocol::wire::v1::{Failed, FailureKind, Usage};
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use super::ApiError;
+use super::chat_completions::{Head, RequestLog, UsageBody, finish_reason};
+
+/// So much silence, and a comment shows proxies and clients that the connection lives.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Tokens that are there already go out together, up to about so many bytes.
+const BATCH: usize = 16 << 10;
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: &'a [Choice<'a>],
+    /// Outer: the client asked for usage; inner: null in all chunks but the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+}
+
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: u32,
+    delta: Delta<'a>,
+    logprobs: Option<()>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+}
+
+/// Turns frames into events. Knows no clock and no socket.
+#[derive(Debug)]
+pub struct EventWriter {
+    head: Head,
+    include_usage: bool,
+    ended: bool,
+}
+
+impl EventWriter {
+    /// `include_usage` adds a chunk with the usage before the end.
+    pub fn new(head: Head, include_usage: bool) -> Self {
+        Self { head, include_usage, ended: false }
+    }
+
+    /// The first event: who speaks.
+    pub fn begin(&self, out: &mut Vec<u8>) {
+        self.chunk(out, Delta { role: Some("assistant"), content: Some("") }, None);
+    }
+
+    /// The event for a frame, if it has one. Nothing is written after the last frame.
+    pub fn write(&mut self, answer: &Answer, out: &mut Vec<u8>) {
+        if self.ended {
+            return;
+        }
+        self.ended = answer.is_last();
+        match answer {
+            Answer::Token(token) if token.text.is_empty() => {}
+            Answer::Token(token) => {
+                let text = String::from_utf8_lossy(&token.text);
+                self.chunk(out, Delta { role: None, content: Some(&text) }, None);
+            }
+            Answer::Finished(finished) => {
+                self.chunk(out, Delta::default(), Some(finish_reason(finished.reason)));
+                if self.include_usage {
+                    self.event(out, &[], Some(finished.usage));
+                }
+                out.extend_from_slice(b"data: [DONE]\n\n");
+            }
+            // No `[DONE]` behind these: a client that waits for it must see that the answer is not whole.
+            Answer::Failed(failed) => write_error(out, &failed.clone().into()),
+            Answer::Refused(refused) => write_error(out, &refused.clone().into()),
+            Answer::Accepted(_) | Answer::Progress(_) => {}
+        }
+    }
+
+    fn chunk(&self, out: &mut Vec<u8>, delta: Delta<'_>, finish_reason: Option<&'static str>) {
+        self.event(out, &[Choice { index: 0, delta, logprobs: None, finish_reason }], None);
+    }
+
+    fn event(&self, out: &mut Vec<u8>, choices: &[Choice<'_>], usage: Option<Usage>) {
+        let chunk = Chunk {
+            id: &self.head.id,
+            object: "chat.completion.chunk",
+            created: self.head.created,
+            model: &self.head.model,
+            choices,
+            usage: self.include_usage.then(|| usage.map(UsageBody::from)),
+        };
+        out.extend_from_slice(b"data: ");
+        // Writing numbers and strings into memory cannot fail.
+        let _ = serde_json::to_writer(&mut *out, &chunk);
+        out.extend_from_slice(b"\n\n");
+    }
+}
+
+fn write_error(out: &mut Vec<u8>, error: &ApiError) {
+    out.extend_from_slice(format!("data: {}\n\n", error.to_json()).as_bytes());
+}
+
+/// Everything that a running stream holds. Dropping it (the client has left) cancels the request.
+struct Running {
+    writer: EventWriter,
+    answers: mpsc::Receiver<Answer>,
+    log: RequestLog,
+    begun: bool,
+}
+
+impl Running {
+    /// The next bytes to send; `None` at the end.
+    async fn next(&mut self) -> Option<Bytes> {
+        let mut out = Vec::new();
+        if !self.begun {
+            self.begun = true;
+            self.writer.begin(&mut out);
+            // Not alone: the first token is there in most cases.
+            self.take_ready(&mut out);
+            return Some(out.into());
+        }
+        while out.is_empty() {
+            if self.writer.ended {
+                return None;
+            }
+            match tokio::time::timeout(KEEP_ALIVE, self.answers.recv()).await {
+                Err(_) => out.extend_from_slice(b": keep-alive\n\n"),
+                Ok(answer) => {
+                    self.take(&answer.unwrap_or_else(broken_off), &mut out);
+                    self.take_ready(&mut out);
+                }
+            }
+        }
+        Some(out.into())
+    }
+
+    fn take_ready(&mut self, out: &mut Vec<u8>) {
+        while out.len() < BATCH && !self.writer.ended {
+            let Ok(answer) = self.answers.try_recv() else { break };
+            self.take(&answer, out);
+        }
+    }
+
+    fn take(&mut self, answer: &Answer, out: &mut Vec<u8>) {
+        self.log.note(answer);
+        self.writer.write(answer, out);
+    }
+}
+
+/// What stands for an answer that ended without its last frame. That is a fault of ours, and it must not look like
+/// a whole answer.
+pub fn broken_off() -> Answer {
+    Answer::Failed(Failed {
+        kind: FailureKind::Protocol,
+        message: "The answer broke off.".into(),
+        retryable: false,
+        migratable: false,
+    })
+}
+
+/// The response that streams `answers`.
+pub fn respond(head: Head, include_usage: bool, answers: mpsc::Receiver<Answer>, log: RequestLog) -> Response {
+    let running = Running { writer: EventWriter::new(head, include_usage), answers, log, begun: false };
+    let events = futures_util::stream::unfold(running, |mut running| async move {
+        running.next().await.map(|bytes| (Ok::<_, Infallible>(bytes), running))
+    });
+    let headers = [
+        (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8")),
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+        // Reverse proxies of the nginx kind hold events back otherwise.
+        (header::HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
+    ];
+    (headers, Body::from_stream(events)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Token};
+
+    use super::*;
+
+    fn head() -> Head {
+        Head { id: "chatcmpl-1".into(), created: 5, model: "m".into() }
+    }
+
+    fn token(position: u32, text: &str) -> Answer {
+        Answer::Token(Token { position, id: 1, text: text.as_bytes().to_vec() })
+    }
+
+    fn finished() -> Answer {
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 };
+        Answer::Finished(Finished { reason: FinishReason::Length, usage })
+    }
+
+    fn failed() -> Answer {
+        let message = "the engine died".into();
+        Answer::Failed(Failed { kind: FailureKind::EngineDied, message, retryable: false, migratable: true })
+    }
+
+    fn written(include_usage: bool, answers: &[Answer]) -> String {
+        let mut out = Vec::new();
+        let mut writer = EventWriter::new(head(), include_usage);
+        writer.begin(&mut out);
+        answers.iter().for_each(|answer| writer.write(answer, &mut out));
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_whole_answer_byte_for_byte() {
+        let chunk = |choices: &str, usage: &str| {
+            format!(
+                "data: {{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"created\":5,\"model\":\"m\",\
+                 \"choices\":[{choices}]{usage}}}\n\n"
+            )
+        };
+        let choice = |delta: &str, reason: &str| {
+            format!("{{\"index\":0,\"delta\":{{{delta}}},\"logprobs\":null,\"finish_reason\":{reason}}}")
+        };
+        let answers = [token(0, "hé"), token(1, ""), token(2, "\"\n🔥"), finished(), failed()];
+        let events = |usage: &str| {
+            [
+                chunk(&choice("\"role\":\"assistant\",\"content\":\"\"", "null"), usage),
+                chunk(&choice("\"content\":\"hé\"", "null"), usage),
+                chunk(&choice("\"content\":\"\\\"\\n🔥\"", "null"), usage),
+                chunk(&choice("", "\"length\""), usage),
+            ]
+            .concat()
+        };
+        assert_eq!(written(false, &answers), events("") + "data: [DONE]\n\n");
+        let usage = ",\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5,\
+                     \"prompt_tokens_details\":{\"cached_tokens\":1}}";
+        assert_eq!(
+            written(true, &answers),
+            events(",\"usage\":null") + &chunk("", usage) + "data: [DONE]\n\n"
+        );
+    }
+
+    #[test]
+    fn a_broken_answer_ends_in_a_typed_error_and_without_done() {
+        let text = written(false, &[token(0, "a"), failed(), finished()]);
+        assert!(text.ends_with(
+            "data: {\"error\":{\"message\":\"the engine died\",\"type\":\"server_error\",\"param\":null,\
+             \"code\":\"engine_died\"}}\n\n"
+        ));
+        assert!(!text.contains("[DONE]"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_filled_and_an_answer_without_an_end_is_an_error() {
+        let (sender, answers) = mpsc::channel(4);
+        let mut running = Running {
+            writer: EventWriter::new(head(), false),
+            answers,
+            log: RequestLog::new(tracing::Span::none(), true),
+            begun: false,
+        };
+        assert!(running.next().await.unwrap().starts_with(b"data: {"));
+        let before = tokio::time::Instant::now();
+        assert_eq!(&running.next().await.unwrap()[..], b": keep-alive\n\n");
+        assert_eq!(before.elapsed(), KEEP_ALIVE);
+        sender.send(token(0, "a")).await.unwrap();
+        sender.send(token(1, "b")).await.unwrap();
+        let together = running.next().await.unwrap();
+        assert_eq!(together.windows(5).filter(|w| w == b"data:").count(), 2);
+        drop(sender);
+        let last = String::from_utf8(running.next().await.unwrap().to_vec()).unwrap();
+        assert!(last.contains("protocol_error"), "{last}");
+        assert_eq!(running.next().await, None);
+    }
+}

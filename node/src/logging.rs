@@ -1,0 +1,38 @@
+//! Logs go to standard error. People see warnings; `INGLE_LOG` and `-v` show more.
+
+use tracing_subscriber::EnvFilter;
+
+use crate::exit::UsageError;
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line, for machines.
+    Json,
+}
+
+/// What is logged, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogSettings {
+    /// A filter as tracing knows it: `warn`, `info`, `warn,ingle_actors=debug`.
+    pub filter: String,
+    /// How lines look.
+    pub format: LogFormat,
+}
+
+/// Starts logging for the life of the process. Fails with [`UsageError`] on a filter that cannot be read.
+pub fn start(settings: &LogSettings) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&settings.filter).map_err(|error| {
+        UsageError(format!("The log filter `{}` cannot be read: {error}. Write warn, info or debug.", settings.filter))
+    })?;
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match settings.format {
+        LogFormat::Text => lines.try_init(),
+        LogFormat::Json => lines.json().try_init(),
+    };
+    started.map_err(|error| anyhow::anyhow!("logging does not start: {error}"))
+}
