@@ -55,8 +55,11 @@ mod tests {
 
     #[test]
     fn says_whom_it_joined_and_what_comes_next() {
-        let joined =
-            Joined { cluster: "0123456789abcdef".into(), node: "ff".into(), members: vec!["tower".into(), "mini".into()] };
+        let joined = Joined {
+            cluster: "0123456789abcdef".into(),
+            node: "ff".into(),
+            members: vec!["tower".into(), "mini".into()],
+        };
         assert_eq!(report(&joined, "Next."), "Joined the cluster 01234567 with tower, mini.\nNext.\n");
     }
 }

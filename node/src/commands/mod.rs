@@ -59,10 +59,7 @@ fn one_thread() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
-fn block_on(
-    runtime: tokio::runtime::Runtime,
-    command: impl Future<Output = anyhow::Result<()>>,
-) -> anyhow::Result<()> {
+fn block_on(runtime: tokio::runtime::Runtime, command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let result = runtime.block_on(command);
     // Not a plain drop: that would wait for as long as a blocked thread likes.
     runtime.shutdown_timeout(RUNTIME_END);

@@ -65,13 +65,8 @@ fn node_rows(node: &NodeStatus, is_this: bool) -> Vec<Vec<String>> {
     let row = |(index, model): (usize, &ingle_actors::monitor::ModelStatus)| {
         let about = if index == 0 { about.to_vec() } else { vec![String::new(); about.len()] };
         let speed = format!("{:.1}", model.tokens_per_second);
-        let does = [
-            model.name.clone(),
-            model.state.clone(),
-            model.running.to_string(),
-            model.waiting.to_string(),
-            speed,
-        ];
+        let does =
+            [model.name.clone(), model.state.clone(), model.running.to_string(), model.waiting.to_string(), speed];
         about.into_iter().chain(does).collect()
     };
     node.models.iter().enumerate().map(row).collect()

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use ingle_actors::Node;
 use ingle_actors::node::{ModelChoice, NodeOptions};
 use ingle_actors::protocol::wire::v1::ModelState;
-use ingle_actors::Node;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::progress::Progress;

@@ -16,7 +16,8 @@ fn file_with(text: &str) -> (tempfile::TempDir, PathBuf) {
 
 #[test]
 fn a_flag_beats_the_environment_beats_the_file_beats_the_default() {
-    let (_folder, path) = file_with("[http]\nlisten = \"127.0.0.1:1\"\ndrain_limit = \"3s\"\n[model]\nuse = \"none\"\n");
+    let (_folder, path) =
+        file_with("[http]\nlisten = \"127.0.0.1:1\"\ndrain_limit = \"3s\"\n[model]\nuse = \"none\"\n");
     let flags = |http: Option<&str>| Layer {
         http: http.map(str::to_owned),
         config: Some(path.clone()),
@@ -25,7 +26,8 @@ fn a_flag_beats_the_environment_beats_the_file_beats_the_default() {
     };
     let http = |settings: &Settings| settings.http.to_string();
 
-    let all = Settings::resolve(flags(Some("3")), environment(&[("INGLE_HTTP", "2"), ("INGLE_MODEL", "echo")])).unwrap();
+    let all =
+        Settings::resolve(flags(Some("3")), environment(&[("INGLE_HTTP", "2"), ("INGLE_MODEL", "echo")])).unwrap();
     assert_eq!(http(&all), "127.0.0.1:3");
     assert_eq!(all.model, Some(ModelChoice::Echo), "environment over file");
     assert_eq!(all.drain_limit, Duration::from_secs(3), "file over default");

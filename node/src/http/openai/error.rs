@@ -114,8 +114,7 @@ impl ApiError {
 
     /// The error object, as bodies and streams carry it.
     pub fn to_json(&self) -> String {
-        let error =
-            Object { message: &self.message, r#type: self.kind, param: self.param.as_deref(), code: self.code };
+        let error = Object { message: &self.message, r#type: self.kind, param: self.param.as_deref(), code: self.code };
         // Strings alone: nothing of this can fail to serialize.
         serde_json::to_string(&Body { error }).unwrap_or_default()
     }
@@ -196,8 +195,7 @@ mod tests {
     use super::*;
 
     fn refused(kind: RefusalKind) -> ApiError {
-        let refused =
-            Refused { kind, message: "why".into(), param: Some("top_k".into()), retry_after_ms: Some(1_500) };
+        let refused = Refused { kind, message: "why".into(), param: Some("top_k".into()), retry_after_ms: Some(1_500) };
         GatewayError::Refused(refused).into()
     }
 
@@ -222,9 +220,8 @@ mod tests {
 
     #[test]
     fn failures_and_missing_models_too() {
-        let failed = |kind| {
-            ApiError::from(Failed { kind, message: "broke".into(), retryable: false, migratable: false })
-        };
+        let failed =
+            |kind| ApiError::from(Failed { kind, message: "broke".into(), retryable: false, migratable: false });
         assert_eq!(failed(FailureKind::EngineDied).status, 502);
         assert_eq!(failed(FailureKind::EngineDied).code, Some("engine_died"));
         assert_eq!(failed(FailureKind::DeadlineExceeded).status, 504);

@@ -18,9 +18,10 @@ impl Fields {
         let path = path.into();
         match value {
             Value::Object(members) => Ok(Self { members, path }),
-            other if path.is_empty() => {
-                Err(ApiError::unreadable(format!("The request body must be a JSON object, but it is {}.", kind(&other))))
-            }
+            other if path.is_empty() => Err(ApiError::unreadable(format!(
+                "The request body must be a JSON object, but it is {}.",
+                kind(&other)
+            ))),
             other => Err(wrong_type(path, "an object", &other)),
         }
     }

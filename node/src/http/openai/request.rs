@@ -78,9 +78,8 @@ fn message(value: Value, path: String) -> Result<Message, ApiError> {
         Some("tool") => Role::Tool,
         Some(other) => {
             let other: String = other.chars().take(80).collect();
-            let message = format!(
-                "`{role_path}` is `{other}`: it must be one of system, developer, user, assistant and tool."
-            );
+            let message =
+                format!("`{role_path}` is `{other}`: it must be one of system, developer, user, assistant and tool.");
             return Err(ApiError::invalid(role_path, message));
         }
         None => return Err(ApiError::invalid(role_path.clone(), format!("`{role_path}` is missing."))),

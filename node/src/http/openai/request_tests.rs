@@ -29,8 +29,13 @@ fn every_field_is_taken() {
         "model": "m", "temperature": 0, "top_p": 0.5, "seed": -1, "max_tokens": 5, "max_completion_tokens": 5,
         "stop": ["a", "b"], "stream": true, "stream_options": {"include_usage": true}, "user": "u",
     })));
-    let sampling =
-        Sampling { temperature: 0.0, top_p: 0.5, seed: u64::MAX, max_tokens: Some(5), stop: vec!["a".into(), "b".into()] };
+    let sampling = Sampling {
+        temperature: 0.0,
+        top_p: 0.5,
+        seed: u64::MAX,
+        max_tokens: Some(5),
+        stop: vec!["a".into(), "b".into()],
+    };
     assert_eq!(request.sampling, sampling);
     assert!(request.stream && request.include_usage && request.extra.is_empty());
     assert_eq!((request.model.as_str(), request.user.as_deref()), ("m", Some("u")));

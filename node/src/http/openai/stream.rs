@@ -246,10 +246,7 @@ mod tests {
         assert_eq!(written(false, &answers), events("") + "data: [DONE]\n\n");
         let usage = ",\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5,\
                      \"prompt_tokens_details\":{\"cached_tokens\":1}}";
-        assert_eq!(
-            written(true, &answers),
-            events(",\"usage\":null") + &chunk("", usage) + "data: [DONE]\n\n"
-        );
+        assert_eq!(written(true, &answers), events(",\"usage\":null") + &chunk("", usage) + "data: [DONE]\n\n");
     }
 
     #[test]
