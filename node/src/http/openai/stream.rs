@@ -123,6 +123,8 @@ struct Running {
     answers: mpsc::Receiver<Answer>,
     log: RequestLog,
     begun: bool,
+    /// [`KEEP_ALIVE`].
+    keep_alive: Duration,
 }
 
 impl Running {
@@ -140,7 +142,7 @@ impl Running {
             if self.writer.ended {
                 return None;
             }
-            match tokio::time::timeout(KEEP_ALIVE, self.answers.recv()).await {
+            match tokio::time::timeout(self.keep_alive, self.answers.recv()).await {
                 Err(_) => out.extend_from_slice(b": keep-alive\n\n"),
                 Ok(answer) => {
                     self.take(&answer.unwrap_or_else(broken_off), &mut out);
@@ -177,7 +179,8 @@ pub fn broken_off() -> Answer {
 
 /// The response that streams `answers`.
 pub fn respond(head: Head, include_usage: bool, answers: mpsc::Receiver<Answer>, log: RequestLog) -> Response {
-    let running = Running { writer: EventWriter::new(head, include_usage), answers, log, begun: false };
+    let writer = EventWriter::new(head, include_usage);
+    let running = Running { writer, answers, log, begun: false, keep_alive: KEEP_ALIVE };
     let events = futures_util::stream::unfold(running, |mut running| async move {
         running.next().await.map(|bytes| (Ok::<_, Infallible>(bytes), running))
     });
@@ -259,7 +262,7 @@ mod tests {
         assert!(!text.contains("[DONE]"));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn silence_is_filled_and_an_answer_without_an_end_is_an_error() {
         let (sender, answers) = mpsc::channel(4);
         let mut running = Running {
@@ -267,11 +270,12 @@ mod tests {
             answers,
             log: RequestLog::new(tracing::Span::none(), true),
             begun: false,
+            keep_alive: Duration::from_millis(50),
         };
         assert!(running.next().await.unwrap().starts_with(b"data: {"));
-        let before = tokio::time::Instant::now();
+        let before = std::time::Instant::now();
         assert_eq!(&running.next().await.unwrap()[..], b": keep-alive\n\n");
-        assert_eq!(before.elapsed(), KEEP_ALIVE);
+        assert!(before.elapsed() >= running.keep_alive);
         sender.send(token(0, "a")).await.unwrap();
         sender.send(token(1, "b")).await.unwrap();
         let together = running.next().await.unwrap();
