@@ -18,12 +18,14 @@
 //! their own. Actors own and supervise that plain async code.
 
 pub mod cluster;
+mod frames;
 pub mod gateway;
 pub mod identity;
 pub mod models;
 pub mod monitor;
 pub mod node;
 pub mod platform;
+pub mod supervisor;
 pub mod worker;
 
 pub use ingle_protocol as protocol;

@@ -1,5 +1,7 @@
 //! Where a request enters: find the model, choose a worker, watch the answer.
 
+mod router;
+
 use std::time::Duration;
 
 use ingle_protocol::RequestId;
@@ -7,6 +9,8 @@ use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::{Accepted, Failed, Message, ModelState, Priority, Refused, Sampling, TraceContext};
 use serde::Serialize;
 use tokio::sync::mpsc;
+
+pub use router::Gateway;
 
 /// The model name that always means the default one.
 pub const DEFAULT_MODEL: &str = "default";

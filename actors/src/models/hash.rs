@@ -191,7 +191,8 @@ pub(super) async fn local_file(memory: &DigestMemory, path: &Path) -> Result<Loc
     Ok(LocalModel { name: model_name(path), digest, path: canonical })
 }
 
-fn model_name(path: &Path) -> String {
+/// The name of the model in a file: its stem in lower-case letters, digits, `.`, `_` and `-`.
+pub fn model_name(path: &Path) -> String {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
     let name: String = stem.chars().map(|c| if plain(c) { c } else { '-' }).collect();

@@ -19,7 +19,7 @@ mod wheel;
 
 pub use catalog::{CatalogModel, SourceSpec, default_model};
 pub use client::{ClientError, http_client};
-pub use hash::{LocalFileError, LocalModel};
+pub use hash::{LocalFileError, LocalModel, model_name};
 pub use pypi::PipProgram;
 pub use source::{SourceError, SourceSettings};
 pub use store::{FetchError, ModelStore, StoreError};

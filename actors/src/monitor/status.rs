@@ -1,8 +1,13 @@
 //! The state of the cluster as one node sees it: what `ingle status` prints.
 
-use ingle_protocol::NodeId;
+use std::collections::BTreeMap;
+
 use ingle_protocol::liveness::Health;
+use ingle_protocol::wire::v1::{EnginePulse, ModelFacts};
+use ingle_protocol::{EngineId, NodeId};
 use serde::{Deserialize, Serialize};
+
+use crate::cluster::Mesh;
 
 /// The whole picture.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -88,4 +93,63 @@ pub struct LatencySummary {
     pub gap_ms: [f64; 2],
     /// The whole answer: p50 and p99.
     pub total_ms: [f64; 2],
+}
+
+/// What the mesh knows; latencies and problems are the caller's to add.
+pub fn cluster_status(mesh: &Mesh, http: &str) -> ClusterStatus {
+    let own_id = mesh.own_id();
+    let own = mesh.own_facts();
+    let own_pulses = mesh.workers.pulses(own_id).into_iter().map(|pulse| (pulse.engine, pulse)).collect();
+    let mut nodes = vec![NodeStatus {
+        name: own.member.name,
+        id: own_id,
+        address: own.member.addresses.first().cloned().unwrap_or_else(|| format!("127.0.0.1:{}", mesh.port())),
+        health: Health::Alive,
+        age_ms: Some(0),
+        control_round_trip_ms: None,
+        software: own.software,
+        models: mesh.workers.facts(own_id).iter().map(|facts| model_status(facts, &own_pulses)).collect(),
+    }];
+    let now = mesh.roster.now();
+    for (id, member) in mesh.roster.lock().iter() {
+        let facts = member.facts.as_ref();
+        nodes.push(NodeStatus {
+            name: member.name.clone(),
+            id: *id,
+            address: member.addresses.first().cloned().unwrap_or_default(),
+            health: member.watch.health(now),
+            age_ms: member.watch.age(now).map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+            control_round_trip_ms: member.control_round_trip.map(|time| time.as_secs_f64() * 1_000.0),
+            software: facts.map(|facts| facts.software.clone()).unwrap_or_default(),
+            models: facts
+                .iter()
+                .flat_map(|facts| &facts.models)
+                .map(|facts| model_status(facts, &member.engines))
+                .collect(),
+        });
+    }
+    ClusterStatus {
+        cluster: mesh.identity().cluster.to_string(),
+        this_node: own_id,
+        http: http.to_owned(),
+        nodes,
+        latencies: Vec::new(),
+        problems: Vec::new(),
+    }
+}
+
+fn model_status(facts: &ModelFacts, pulses: &BTreeMap<EngineId, EnginePulse>) -> ModelStatus {
+    let pulse = facts.engine.and_then(|engine| pulses.get(&engine));
+    ModelStatus {
+        name: facts.name.clone(),
+        state: facts.state.words(),
+        digest: facts.digest.map(|digest| digest.to_string()),
+        is_default: facts.is_default,
+        backend: facts.backend.clone(),
+        context_length: facts.context_length,
+        running: pulse.map_or(0, |pulse| pulse.running),
+        waiting: pulse.map_or(0, |pulse| pulse.waiting),
+        tokens_per_second: pulse.map_or(0.0, |pulse| pulse.tokens_per_second),
+        steps: pulse.map_or(0, |pulse| pulse.step),
+    }
 }

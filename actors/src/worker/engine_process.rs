@@ -1,7 +1,31 @@
 //! The engine process: `ingle engine`, a child of the node in a process of its own.
+//!
+//! - standard input is the control pipe: when it ends, so does the process;
+//! - standard output carries [`EngineReport`] frames, at every change and every 100 ms;
+//! - a local socket takes one connection for each request, with the same frames as between nodes; closing it cancels;
+//! - standard error has the log.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ingle_engine::{DeviceChoice, Engine, EngineSpec, ModelSource};
+use ingle_protocol::liveness::PULSE_INTERVAL;
+use ingle_protocol::wire::Answer;
+use ingle_protocol::wire::v1::{EnginePulse, EngineReport, ModelState, Request};
+use ingle_protocol::{EngineId, NodeId};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tracing::Instrument;
+
+use super::ANSWER_BUFFER;
+use crate::frames::{read_body, write_body, write_frame};
+use crate::platform::{LocalListener, LocalStream};
+
+const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the node tells its child on the command line.
 #[derive(Debug, Clone)]
@@ -16,13 +40,130 @@ pub struct EngineProcessOptions {
     pub slots: u32,
     /// `auto`, `cpu` or `gpu`.
     pub device: String,
-    /// The node's id, this engine's index and generation: `id/index/generation`.
-    pub engine: String,
 }
 
-/// Runs until the control pipe (standard input) ends. Frames of reports go to standard output, logs to standard
-/// error.
+/// Runs until the control pipe ends.
 pub fn run(options: EngineProcessOptions) -> ExitCode {
-    let _ = options;
-    ExitCode::FAILURE
+    // Before anything else: a parent that dies while we load must not leave us behind.
+    std::thread::spawn(|| {
+        let mut sink = [0; 64];
+        while matches!(std::io::stdin().read(&mut sink), Ok(read) if read > 0) {}
+        std::process::exit(0);
+    });
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "the engine process has no async runtime");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(serve(options)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error, "the engine process ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(options: EngineProcessOptions) -> Result<(), String> {
+    let digest = options.digest.parse().map_err(|error| format!("the digest: {error}"))?;
+    let source = options.model.map_or(ModelSource::Echo, ModelSource::Gguf);
+    let mut spec = EngineSpec::new(source, digest);
+    spec.slots = options.slots.max(1);
+    spec.device = match options.device.as_str() {
+        "auto" => DeviceChoice::Auto,
+        "cpu" => DeviceChoice::Cpu,
+        "gpu" => DeviceChoice::Gpu,
+        other => return Err(format!("no device named {other:?}: auto, cpu or gpu")),
+    };
+    let listener = LocalListener::bind(&options.socket)
+        .map_err(|error| format!("the socket {}: {error}", options.socket.display()))?;
+    let engine = Arc::new(Engine::start(spec));
+    let accepting = async {
+        while let Ok(stream) = listener.accept().await {
+            tokio::spawn(answer(engine.clone(), stream));
+        }
+    };
+    tokio::select! {
+        () = accepting => Err("the socket broke".into()),
+        ended = report(&engine) => ended,
+    }
+}
+
+/// Reports until the pipe breaks, or the engine failed and its parent was told so.
+async fn report(engine: &Engine) -> Result<(), String> {
+    let mut stdout = tokio::io::stdout();
+    let mut changed = engine.changed();
+    let mut ticks = interval(PULSE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    loop {
+        tokio::select! {
+            _ = changed.changed() => {}
+            _ = ticks.tick() => {}
+        }
+        let snapshot = engine.snapshot();
+        let failed = matches!(snapshot.state, ModelState::Failed { .. });
+        let report = EngineReport {
+            state: snapshot.state,
+            backend: snapshot.backend,
+            numerics: snapshot.numerics,
+            context_length: snapshot.context_length,
+            slots: snapshot.slots,
+            features: snapshot.features,
+            pulse: EnginePulse {
+                // The node puts its own id there: a child does not know who its parent is today.
+                engine: EngineId { node: NodeId::default(), index: 0, generation: 0 },
+                step: snapshot.step,
+                running: snapshot.running,
+                waiting: snapshot.waiting,
+                tokens_per_second: snapshot.tokens_per_second,
+                prefill_rate: snapshot.prefill_rate,
+                decode_rate: snapshot.decode_rate,
+            },
+        };
+        write_body(&mut stdout, &report).await.map_err(|error| error.to_string())?;
+        stdout.flush().await.map_err(|error| error.to_string())?;
+        if failed {
+            // Answers that end with this failure are on their way to their sockets.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            return Err("the engine failed".into());
+        }
+    }
+}
+
+/// One request: one connection.
+async fn answer(engine: Arc<Engine>, stream: LocalStream) {
+    let (mut read, mut write) = stream.into_split();
+    let request = match timeout(REQUEST_DEADLINE, read_body::<Request, _>(&mut read)).await {
+        Ok(Ok(request)) => request,
+        Ok(Err(error)) => return tracing::warn!(%error, "a request that does not decode"),
+        Err(_) => return,
+    };
+    let span = crate::monitor::request_span("engine", &request);
+    let (answers, mut frames) = mpsc::channel::<Answer>(ANSWER_BUFFER);
+    async move {
+        engine.submit(request, answers);
+        let mut byte = [0; 1];
+        loop {
+            let answer = tokio::select! {
+                biased;
+                // The other side never writes a second time: whatever comes is its end.
+                _ = read.read(&mut byte) => return,
+                answer = frames.recv() => answer,
+            };
+            let Some(answer) = answer else { return };
+            let Ok(frame) = answer.to_frame() else { return };
+            let written = tokio::select! {
+                biased;
+                _ = read.read(&mut byte) => return,
+                written = write_frame(&mut write, &frame) => written,
+            };
+            if written.is_err() || answer.is_last() {
+                return;
+            }
+        }
+    }
+    .instrument(span)
+    .await;
 }

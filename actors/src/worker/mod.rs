@@ -1,3 +1,151 @@
 //! Workers: what turns a request into an answer.
 
+mod child_engine;
 pub mod engine_process;
+mod model_worker;
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use ingle_protocol::NodeId;
+use ingle_protocol::wire::Answer;
+use ingle_protocol::wire::v1::{EnginePulse, ModelFacts, RefusalKind, Refused, Request};
+use tokio::sync::{mpsc, watch};
+
+pub use model_worker::{ModelWorker, WorkerOptions};
+
+/// Frames of one answer that may wait for their reader. When it is full the sequence pauses.
+pub const ANSWER_BUFFER: usize = 64;
+/// A worker that owes a frame and sends none for so long is taken for silent.
+pub const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Something that answers requests for one model.
+pub trait Worker: Send + Sync + std::fmt::Debug {
+    /// The model and how it is. `own` is this node's id, which can change while the worker lives.
+    fn facts(&self, own: NodeId) -> ModelFacts;
+    /// The counters, once there is an engine.
+    fn pulse(&self, own: NodeId) -> Option<EnginePulse>;
+    /// Frames of the answer; the last one is always a last one. Dropping the receiver cancels.
+    fn submit(&self, request: Request) -> BoxFuture<'_, mpsc::Receiver<Answer>>;
+}
+
+/// The workers of this node.
+#[derive(Debug)]
+pub struct Workers {
+    list: RwLock<Vec<Arc<dyn Worker>>>,
+    draining: AtomicBool,
+    running: Arc<AtomicU32>,
+    changed: watch::Sender<u64>,
+}
+
+impl Default for Workers {
+    fn default() -> Self {
+        Self {
+            list: RwLock::default(),
+            draining: AtomicBool::new(false),
+            running: Arc::default(),
+            changed: watch::Sender::new(0),
+        }
+    }
+}
+
+impl Workers {
+    /// One more worker.
+    pub fn add(&self, worker: Arc<dyn Worker>) {
+        self.list.write().unwrap_or_else(PoisonError::into_inner).push(worker);
+        self.note_change();
+    }
+
+    fn all(&self) -> Vec<Arc<dyn Worker>> {
+        self.list.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A worker's slow facts changed.
+    pub fn note_change(&self) {
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// Changes whenever slow facts do.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// The models of this node.
+    pub fn facts(&self, own: NodeId) -> Vec<ModelFacts> {
+        self.all().iter().map(|worker| worker.facts(own)).collect()
+    }
+
+    /// The engines of this node.
+    pub fn pulses(&self, own: NodeId) -> Vec<EnginePulse> {
+        self.all().iter().filter_map(|worker| worker.pulse(own)).collect()
+    }
+
+    /// Answers that are being given.
+    pub fn running(&self) -> u32 {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// Takes nothing new from now on.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+        self.note_change();
+    }
+
+    /// Gives the request to the worker that has its content.
+    pub async fn submit(&self, request: Request) -> mpsc::Receiver<Answer> {
+        if self.draining.load(Ordering::Acquire) {
+            return refused(RefusalKind::Draining, "this node is shutting down".into());
+        }
+        let worker = self.all().into_iter().find(|worker| {
+            let facts = worker.facts(NodeId::default());
+            facts.digest == Some(request.digest)
+        });
+        let Some(worker) = worker else {
+            return refused(RefusalKind::UnknownModel, format!("this node does not have {}", request.model));
+        };
+        let running = Running::one_more(&self.running);
+        let mut inner = worker.submit(request).await;
+        // The count must outlive the answer, wherever the receiver goes.
+        let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
+        tokio::spawn(async move {
+            let _running = running;
+            loop {
+                let answer = tokio::select! {
+                    () = answers.closed() => return,
+                    answer = inner.recv() => answer,
+                };
+                let Some(answer) = answer else { return };
+                if answers.send(answer).await.is_err() {
+                    return;
+                }
+            }
+        });
+        reader
+    }
+}
+
+struct Running(Arc<AtomicU32>);
+
+impl Running {
+    fn one_more(count: &Arc<AtomicU32>) -> Self {
+        count.fetch_add(1, Ordering::AcqRel);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// An answer that is one refusal.
+fn refused(kind: RefusalKind, message: String) -> mpsc::Receiver<Answer> {
+    let (answers, reader) = mpsc::channel(1);
+    let refusal = Refused { kind, message, param: None, retry_after_ms: kind.is_retryable().then_some(1_000) };
+    // The channel is new and has room for one.
+    let _ = answers.try_send(Answer::Refused(refusal));
+    reader
+}

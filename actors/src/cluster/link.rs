@@ -1,0 +1,232 @@
+//! One connection to one member, and the streams that live as long as it does.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ingle_protocol::NodeId;
+use ingle_protocol::liveness::PULSE_INTERVAL;
+use ingle_protocol::wire::Body as _;
+use ingle_protocol::wire::StreamKind;
+use ingle_protocol::wire::v1::{Goodbye, NodeFacts, Pulse};
+use quinn::{Connection, RecvStream, SendStream, VarInt};
+use tokio::io::AsyncReadExt;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::{Mesh, authority_stream, inference};
+use crate::frames::{FrameError, read_body, read_frame, write_body};
+use crate::identity::CertifiedName;
+
+/// How long a peer may take to say what a stream is for.
+pub const STREAM_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a goodbye may take.
+const GOODBYE_DEADLINE: Duration = Duration::from_millis(300);
+
+/// A greeted connection to a member.
+#[derive(Debug, Clone)]
+pub struct PeerLink {
+    /// The member, by its certificate.
+    pub node: NodeId,
+    /// Which run of it.
+    pub incarnation: u64,
+    /// The node that opened the connection.
+    pub initiator: NodeId,
+    /// The connection.
+    pub connection: Connection,
+}
+
+impl PeerLink {
+    /// Ends the connection and says why.
+    pub fn close(&self, why: &str) {
+        self.connection.close(VarInt::from_u32(0), why.as_bytes());
+    }
+}
+
+/// Opens a stream of a kind under a deadline (at the peer's limit quinn would wait in a queue that nobody sees).
+pub async fn open_stream(
+    connection: &Connection,
+    kind: StreamKind,
+    deadline: Duration,
+) -> Result<(SendStream, RecvStream), FrameError> {
+    let opening = async {
+        let (mut send, receive) = connection.open_bi().await.map_err(std::io::Error::from)?;
+        send.write_all(&[kind as u8]).await.map_err(std::io::Error::from)?;
+        Ok((send, receive))
+    };
+    timeout(deadline, opening).await.unwrap_or_else(|_| {
+        Err(FrameError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no free stream to the peer in time")))
+    })
+}
+
+/// Runs everything that belongs to a registered link until the connection or the mesh ends.
+/// `membership` is the stream that the greeting came over.
+pub async fn run(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, membership: (SendStream, RecvStream)) {
+    let cancel = mesh.cancel.child_token();
+    let (node, connection) = (link.node, link.connection.clone());
+    tracing::info!(peer = %node, address = %connection.remote_address(), "connected");
+    let (send, receive) = membership;
+    let tasks = &mesh.tasks;
+    tasks.spawn(guarded(cancel.clone(), send_facts(mesh.clone(), send, connection.clone(), cancel.clone())));
+    tasks.spawn(guarded(cancel.clone(), receive_facts(mesh.clone(), receive, link.clone())));
+    tasks.spawn(guarded(cancel.clone(), send_pulses(mesh.clone(), connection.clone())));
+    tasks.spawn(guarded(cancel.clone(), accept_pulses(mesh.clone(), link.clone())));
+    tasks.spawn(guarded(cancel.clone(), accept_streams(mesh.clone(), link.clone(), peer, cancel.clone())));
+    if link.initiator == mesh.own_id() {
+        tasks.spawn(guarded(cancel.clone(), open_control(mesh.clone(), link.clone())));
+    }
+    let reason = tokio::select! {
+        reason = connection.closed() => describe(&reason),
+        () = mesh.cancel.cancelled() => {
+            // The facts task says goodbye; what it sends needs a moment to leave.
+            let _ = timeout(GOODBYE_DEADLINE, connection.closed()).await;
+            link.close("the node leaves");
+            "this node left".to_owned()
+        }
+    };
+    cancel.cancel();
+    tracing::info!(peer = %node, reason, "disconnected");
+    mesh.roster.lost(node, connection.stable_id(), &reason);
+    mesh.redial.notify_one();
+}
+
+async fn guarded(cancel: CancellationToken, task: impl Future<Output = ()>) {
+    tokio::select! {
+        biased;
+        () = task => {}
+        // A grace for the goodbye; the connection's end stops the rest.
+        () = async { cancel.cancelled().await; tokio::time::sleep(GOODBYE_DEADLINE).await } => {}
+    }
+}
+
+/// Why a connection ended, in words for `status`.
+pub fn describe(error: &quinn::ConnectionError) -> String {
+    match error {
+        quinn::ConnectionError::TimedOut => "it went silent".into(),
+        quinn::ConnectionError::Reset => "it restarted".into(),
+        quinn::ConnectionError::ApplicationClosed(close) if !close.reason.is_empty() => {
+            String::from_utf8_lossy(&close.reason).into_owned()
+        }
+        quinn::ConnectionError::LocallyClosed => "this node closed the connection".into(),
+        other => other.to_string(),
+    }
+}
+
+/// Our facts whenever they change, a goodbye at the end.
+async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, connection: Connection, cancel: CancellationToken) {
+    let mut facts = mesh.own.subscribe();
+    // What stands now went with the greeting.
+    facts.mark_unchanged();
+    loop {
+        tokio::select! {
+            changed = facts.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let latest = facts.borrow_and_update().clone();
+                if write_body(&mut send, &latest).await.is_err() {
+                    return;
+                }
+            }
+            () = cancel.cancelled() => {
+                let why = mesh.leaving.get().cloned().unwrap_or_else(|| "it was stopped".into());
+                let _ = timeout(GOODBYE_DEADLINE, async {
+                    write_body(&mut send, &Goodbye { why }).await?;
+                    let _ = send.finish();
+                    let _ = send.stopped().await;
+                    Ok::<_, FrameError>(())
+                })
+                .await;
+                connection.close(VarInt::from_u32(0), b"it left");
+                return;
+            }
+        }
+    }
+}
+
+async fn receive_facts(mesh: Arc<Mesh>, mut receive: RecvStream, link: PeerLink) {
+    loop {
+        let frame = match read_frame(&mut receive).await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return,
+            Err(error @ FrameError::Wire(_)) => return link.close(&error.to_string()),
+            Err(_) => return,
+        };
+        let accepted = match frame.kind {
+            NodeFacts::KIND => frame.decode::<NodeFacts>().map(|facts| {
+                // Each node speaks for itself alone.
+                if facts.member.node == link.node {
+                    mesh.hear_of_all(&facts.members);
+                    mesh.roster.update(link.node, facts);
+                    mesh.changed.notify_waiters();
+                }
+            }),
+            Goodbye::KIND => frame.decode::<Goodbye>().map(|goodbye| mesh.roster.left(link.node, &goodbye.why)),
+            got => Err(ingle_protocol::wire::WireError::Unexpected { expected: "facts or a goodbye", got }),
+        };
+        if let Err(error) = accepted {
+            return link.close(&error.to_string());
+        }
+    }
+}
+
+async fn send_pulses(mesh: Arc<Mesh>, connection: Connection) {
+    let Ok(mut send) = connection.open_uni().await else { return };
+    // Pulses go before everything else on the connection.
+    let _ = send.set_priority(1);
+    if send.write_all(&[StreamKind::Pulse as u8]).await.is_err() {
+        return;
+    }
+    let mut ticks = interval(PULSE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    for sequence in 0.. {
+        ticks.tick().await;
+        let pulse = Pulse { sequence, engines: mesh.workers.pulses(mesh.own_id()) };
+        if write_body(&mut send, &pulse).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn accept_pulses(mesh: Arc<Mesh>, link: PeerLink) {
+    while let Ok(mut receive) = link.connection.accept_uni().await {
+        match timeout(STREAM_DEADLINE, receive.read_u8()).await {
+            Ok(Ok(byte)) if byte == StreamKind::Pulse as u8 => {}
+            _ => continue,
+        }
+        while let Ok(pulse) = read_body::<Pulse, _>(&mut receive).await {
+            mesh.roster.pulse(link.node, pulse);
+        }
+    }
+}
+
+async fn accept_streams(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, cancel: CancellationToken) {
+    while let Ok((send, mut receive)) = link.connection.accept_bi().await {
+        let (mesh, link, cancel) = (mesh.clone(), link.clone(), cancel.clone());
+        mesh.tasks.clone().spawn(async move {
+            let kind = match timeout(STREAM_DEADLINE, receive.read_u8()).await {
+                Ok(Ok(byte)) => StreamKind::try_from(byte),
+                _ => return,
+            };
+            match kind {
+                Ok(StreamKind::Inference) => inference::serve(mesh, send, receive).await,
+                Ok(StreamKind::Control) => mesh.attach_control(&link, send, receive),
+                Ok(StreamKind::Authority) => {
+                    let _ = timeout(STREAM_DEADLINE, authority_stream::serve(&mesh, peer, send, receive)).await;
+                }
+                Ok(StreamKind::Membership | StreamKind::Pulse) | Err(_) => {
+                    // A protocol error of a member: better loud than half-understood.
+                    tracing::warn!(peer = %link.node, ?kind, "unexpected stream");
+                    link.close("a stream of a kind that is not expected here");
+                    cancel.cancel();
+                }
+            }
+        });
+    }
+}
+
+async fn open_control(mesh: Arc<Mesh>, link: PeerLink) {
+    match open_stream(&link.connection, StreamKind::Control, STREAM_DEADLINE).await {
+        Ok((send, receive)) => mesh.attach_control(&link, send, receive),
+        Err(error) => tracing::warn!(peer = %link.node, %error, "no control stream"),
+    }
+}

@@ -1,0 +1,201 @@
+//! The members that this node knows, and what it knows of each.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ingle_protocol::liveness::{Health, PeerWatch};
+use ingle_protocol::wire::v1::{EnginePulse, MemberHint, NodeFacts, Pulse};
+use ingle_protocol::{EngineId, NodeId};
+
+use super::link::PeerLink;
+
+/// The most members that are remembered; a household has a handful.
+pub const MOST_MEMBERS: usize = 256;
+/// The most addresses that are remembered of one member.
+const MOST_ADDRESSES: usize = 8;
+
+/// One member, never this node itself.
+#[derive(Debug, Default)]
+pub struct Member {
+    /// Its name as last heard.
+    pub name: String,
+    /// Where it may be reached, the most promising first.
+    pub addresses: Vec<String>,
+    /// Alive or not.
+    pub watch: PeerWatch,
+    /// What it last said of itself.
+    pub facts: Option<NodeFacts>,
+    /// Its engines, by its last pulse.
+    pub engines: BTreeMap<EngineId, EnginePulse>,
+    /// The connection to it, while one stands.
+    pub link: Option<PeerLink>,
+    /// As last measured through the control plane.
+    pub control_round_trip: Option<Duration>,
+}
+
+impl Member {
+    /// What others need to find it.
+    pub fn hint(&self, node: NodeId) -> MemberHint {
+        MemberHint { node, name: self.name.clone(), addresses: self.addresses.clone() }
+    }
+
+    /// Puts the address first.
+    pub fn prefer_address(&mut self, address: &str) {
+        self.addresses.retain(|known| known != address);
+        self.addresses.insert(0, address.to_owned());
+        self.addresses.truncate(MOST_ADDRESSES);
+    }
+
+    fn add_addresses(&mut self, addresses: &[String]) {
+        for address in addresses {
+            if self.addresses.len() < MOST_ADDRESSES && !self.addresses.contains(address) {
+                self.addresses.push(address.clone());
+            }
+        }
+    }
+}
+
+/// What became of a new connection.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Registered {
+    /// It is the one.
+    Kept,
+    /// Another one stands and goes on.
+    Duplicate,
+}
+
+/// All members but this node. Locks are held for look-ups only, never across an await.
+#[derive(Debug)]
+pub struct Roster {
+    own: NodeId,
+    started: Instant,
+    members: Mutex<BTreeMap<NodeId, Member>>,
+}
+
+impl Roster {
+    /// An empty roster of the node `own`.
+    pub fn new(own: NodeId) -> Self {
+        Self { own, started: Instant::now(), members: Mutex::default() }
+    }
+
+    /// The time on the roster's own clock.
+    pub fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// All members. A panic elsewhere does not make the roster unusable.
+    pub fn lock(&self) -> MutexGuard<'_, BTreeMap<NodeId, Member>> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Learns of a member from somebody else.
+    pub fn hear_of(&self, hint: &MemberHint) {
+        let mut members = self.lock();
+        if hint.node == self.own || (members.len() >= MOST_MEMBERS && !members.contains_key(&hint.node)) {
+            return;
+        }
+        let member = members.entry(hint.node).or_default();
+        if member.name.is_empty() {
+            member.name.clone_from(&hint.name);
+        }
+        member.add_addresses(&hint.addresses);
+    }
+
+    /// Keeps a fresh, greeted connection, unless there is a better one. Two nodes that dial each other at the same
+    /// moment both keep the connection that the smaller id opened.
+    pub fn register(&self, link: PeerLink, facts: NodeFacts) -> Registered {
+        let now = self.now();
+        let mut members = self.lock();
+        // A machine that was set up anew has a new id under its old name: the old one does not come back.
+        members.retain(|id, member| *id == link.node || member.link.is_some() || member.name != facts.member.name);
+        let member = members.entry(link.node).or_default();
+        if let Some(standing) = &member.link
+            && standing.connection.close_reason().is_none()
+            && standing.incarnation == link.incarnation
+            && standing.initiator != link.initiator
+            && standing.initiator < link.initiator
+        {
+            return Registered::Duplicate;
+        }
+        if let Some(replaced) = member.link.replace(link) {
+            replaced.close("replaced by another connection");
+        }
+        member.watch.connected(now);
+        member.engines.clear();
+        Self::take_facts(member, facts);
+        Registered::Kept
+    }
+
+    /// Newer facts of a member, said by itself. Returns whom it knows.
+    pub fn update(&self, node: NodeId, facts: NodeFacts) {
+        let now = self.now();
+        if let Some(member) = self.lock().get_mut(&node) {
+            member.watch.pulse(now);
+            let newer = member
+                .facts
+                .as_ref()
+                .is_none_or(|known| (facts.incarnation, facts.version) > (known.incarnation, known.version));
+            if newer {
+                Self::take_facts(member, facts);
+            }
+        }
+    }
+
+    fn take_facts(member: &mut Member, facts: NodeFacts) {
+        member.name.clone_from(&facts.member.name);
+        member.add_addresses(&facts.member.addresses);
+        member.facts = Some(facts);
+    }
+
+    /// A pulse of a member.
+    pub fn pulse(&self, node: NodeId, pulse: Pulse) {
+        let now = self.now();
+        if let Some(member) = self.lock().get_mut(&node) {
+            member.watch.pulse(now);
+            member.engines = pulse.engines.into_iter().map(|engine| (engine.engine, engine)).collect();
+        }
+    }
+
+    /// The member said goodbye.
+    pub fn left(&self, node: NodeId, why: &str) {
+        if let Some(member) = self.lock().get_mut(&node) {
+            member.watch.left(why);
+        }
+    }
+
+    /// The connection `id` to the member is gone. News of a connection that was replaced counts for nothing.
+    pub fn lost(&self, node: NodeId, connection: usize, why: &str) {
+        if let Some(member) = self.lock().get_mut(&node)
+            && member.link.as_ref().is_some_and(|link| link.connection.stable_id() == connection)
+        {
+            member.link = None;
+            member.engines.clear();
+            member.control_round_trip = None;
+            member.watch.lost(why);
+        }
+    }
+
+    /// The member that has this name and is not `node`, if it is there.
+    pub fn holder_of_name(&self, name: &str, node: Option<NodeId>) -> Option<NodeId> {
+        let now = self.now();
+        self.lock()
+            .iter()
+            .find(|(id, member)| {
+                member.name == name
+                    && Some(**id) != node
+                    && matches!(member.watch.health(now), Health::Alive | Health::Suspect { .. })
+            })
+            .map(|(id, _)| *id)
+    }
+
+    /// A link to the member, if one stands.
+    pub fn link(&self, node: NodeId) -> Option<PeerLink> {
+        self.lock().get(&node)?.link.clone()
+    }
+
+    /// How to reach every member.
+    pub fn hints(&self) -> Vec<MemberHint> {
+        self.lock().iter().map(|(node, member)| member.hint(*node)).collect()
+    }
+}

@@ -1,0 +1,115 @@
+//! The node's side of an engine process.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use ingle_protocol::ModelDigest;
+use ingle_protocol::wire::Answer;
+use ingle_protocol::wire::v1::{EngineReport, Failed, FailureKind, RefusalKind, Request};
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::{ANSWER_BUFFER, SILENCE_LIMIT, refused};
+use crate::frames::{FrameError, read_body, read_frame, write_body};
+use crate::platform::{LocalStream, connect};
+
+/// A running engine process. Dropping it ends the process.
+#[derive(Debug)]
+pub struct ChildEngine {
+    child: Child,
+    /// Held, never written: its end tells the child that we are gone.
+    _control: Option<ChildStdin>,
+    /// Where it takes requests.
+    pub socket: PathBuf,
+}
+
+impl ChildEngine {
+    /// Starts the process and returns it with its reports, which end when it does.
+    pub fn spawn(
+        socket: PathBuf,
+        model: Option<&Path>,
+        digest: ModelDigest,
+        slots: u32,
+    ) -> std::io::Result<(Self, mpsc::Receiver<EngineReport>)> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("engine").arg("--socket").arg(&socket);
+        if let Some(model) = model {
+            command.arg("--model").arg(model);
+        }
+        command.args(["--digest", &digest.to_string(), "--slots", &slots.to_string()]);
+        // Ctrl-C in a terminal goes to the whole group: the node decides when its engines end.
+        command.process_group(0);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).kill_on_drop(true).spawn()?;
+        let control = child.stdin.take();
+        let mut stdout = child.stdout.take().ok_or_else(|| std::io::Error::other("the engine has no output"))?;
+        let (reports, reader) = mpsc::channel(16);
+        tokio::spawn(async move {
+            while let Ok(report) = read_body::<EngineReport, _>(&mut stdout).await {
+                if reports.send(report).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok((Self { child, _control: control, socket }, reader))
+    }
+
+    /// How the process ended, in words.
+    pub async fn ended(&mut self) -> String {
+        match self.child.wait().await {
+            Ok(status) => status.to_string(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// Process id, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+}
+
+/// Hands the request to the engine that listens at `socket`.
+pub async fn submit(socket: &Path, request: &Request) -> mpsc::Receiver<Answer> {
+    let connecting = async {
+        let mut stream = connect(socket).await?;
+        write_body(&mut stream, request).await?;
+        Ok::<_, FrameError>(stream)
+    };
+    match timeout(SILENCE_LIMIT, connecting).await {
+        Ok(Ok(stream)) => {
+            let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
+            tokio::spawn(relay(stream, answers));
+            reader
+        }
+        Ok(Err(error)) => refused(RefusalKind::Loading, format!("the engine does not take requests now ({error})")),
+        Err(_) => refused(RefusalKind::Busy, "the engine did not take the request in time".into()),
+    }
+}
+
+async fn relay(mut stream: LocalStream, answers: mpsc::Sender<Answer>) {
+    loop {
+        let read = tokio::select! {
+            biased;
+            // Dropping the stream is what cancels the request in the engine.
+            () = answers.closed() => return,
+            read = timeout(SILENCE_LIMIT, read_frame(&mut stream)) => read,
+        };
+        let failed =
+            |kind, message: String| Answer::Failed(Failed { kind, message, retryable: false, migratable: true });
+        let answer = match read {
+            Ok(Ok(Some(frame))) => match Answer::from_frame(&frame) {
+                Ok(answer) => answer,
+                Err(error) => failed(FailureKind::Protocol, error.to_string()),
+            },
+            Ok(Ok(None) | Err(_)) => {
+                failed(FailureKind::EngineDied, "the engine process died in the middle of the answer".into())
+            }
+            Err(_) => failed(FailureKind::WorkerSilent, "the engine went silent in the middle of the answer".into()),
+        };
+        let last = answer.is_last();
+        if answers.send(answer).await.is_err() || last {
+            return;
+        }
+    }
+}
