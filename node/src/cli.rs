@@ -171,9 +171,6 @@ pub struct Engine {
     /// auto, cpu or gpu
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// id/index/generation
-    #[arg(long)]
-    pub engine: String,
 }
 
 impl Cli {
