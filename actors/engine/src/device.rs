@@ -2,9 +2,16 @@
 
 use std::sync::Arc;
 
-use crate::echo::Echo;
-use crate::text::Codec;
-use crate::{EngineError, EngineSpec, ModelSource, StepEngine};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::echo::{Echo, EchoCodec};
+use crate::gguf::Gguf;
+use crate::llama::Llama;
+use crate::text::{Codec, Tokenizer};
+use crate::{DeviceChoice, EngineError, EngineSpec, ModelSource, StepEngine};
+
+/// The version of burn that is built in, for the numerics class.
+const BURN: &str = "0.22.1";
 
 /// A model that is ready to compute.
 pub(crate) struct Loaded {
@@ -17,11 +24,78 @@ pub(crate) fn load(spec: &EngineSpec) -> Result<Loaded, EngineError> {
     match &spec.source {
         ModelSource::Echo => {
             let echo = Echo::new(spec.slots, spec.context_length);
-            Ok(Loaded { engine: Box::new(echo), codec: Arc::new(crate::echo::EchoCodec::default()) })
+            Ok(Loaded { engine: Box::new(echo), codec: Arc::new(EchoCodec::default()) })
         }
         ModelSource::Gguf(path) => {
-            let _ = path;
-            Err(EngineError::Device("not yet".into()))
+            let gguf = Arc::new(Gguf::open(path)?);
+            let (device, words) = choose(spec.device)?;
+            // Two threads, as each takes a part of the time to the first answer.
+            let (llama, tokenizer) = rayon::join(
+                || Llama::load(Arc::clone(&gguf), &device, spec.slots, spec.context_length, words),
+                || Tokenizer::from_gguf(&gguf),
+            );
+            let (llama, tokenizer) = (llama?, tokenizer?);
+            if tokenizer.vocabulary() > llama.capabilities().vocabulary {
+                return Err(EngineError::Tokenizer {
+                    path: path.clone(),
+                    why: format!(
+                        "it has {} tokens, the model only {}",
+                        tokenizer.vocabulary(),
+                        llama.capabilities().vocabulary
+                    ),
+                });
+            }
+            Ok(Loaded { engine: Box::new(llama), codec: Arc::new(tokenizer) })
         }
     }
+}
+
+/// The device, what it is in words, and its numerics class.
+pub(crate) fn choose(choice: DeviceChoice) -> Result<(Device, (String, String)), EngineError> {
+    match (choice, gpu()) {
+        (DeviceChoice::Cpu, _) | (DeviceChoice::Auto, None) => {
+            let device = Device::flex();
+            let numerics = format!("flex-{BURN}-f32-{}-{:08x}", std::env::consts::ARCH, fingerprint(&device));
+            Ok((device, ("cpu (burn flex, f32)".into(), numerics)))
+        }
+        (_, Some(found)) => Ok(found),
+        (DeviceChoice::Gpu, None) => Err(EngineError::Device(
+            if cfg!(feature = "gpu") {
+                "no GPU was found"
+            } else {
+                "this build has no GPU support: build it with `--features gpu`"
+            }
+            .into(),
+        )),
+    }
+}
+
+#[cfg(not(feature = "gpu"))]
+fn gpu() -> Option<(Device, (String, String))> {
+    None
+}
+
+/// A hash over the bits of a small computation in the shapes that a model has. Which kernels run and in which
+/// order they sum depends on the processor's instructions and cache sizes; machines with the same bits here give
+/// the same answers.
+fn fingerprint(device: &Device) -> u32 {
+    let mut state = 1u32;
+    let mut numbers = |rows: usize, columns: usize| -> Tensor<2> {
+        let values = (0..rows * columns).map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        });
+        Tensor::from_data(TensorData::new(values.collect::<Vec<f32>>(), [rows, columns]), device)
+    };
+    let mut hash = 0x811c_9dc5u32;
+    for (rows, inputs, outputs) in [(2, 4096, 96), (70, 1536, 96), (3, 1024, 64), (2, 64, 640)] {
+        let product = numbers(rows, inputs).matmul(numbers(inputs, outputs));
+        let squeezed = burn::tensor::activation::softmax(burn::tensor::activation::silu(product), 1);
+        let mean = squeezed.clone().square().mean_dim(1);
+        let values = (squeezed / (mean + 1e-5).sqrt()).into_data().try_into_vec::<f32>().unwrap_or_default();
+        for byte in values.iter().flat_map(|value| value.to_le_bytes()) {
+            hash = (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193);
+        }
+    }
+    hash
 }

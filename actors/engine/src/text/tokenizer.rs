@@ -53,6 +53,11 @@ const END_NAMES: [&str; 8] =
 const MARKS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
 
 impl Tokenizer {
+    /// From a model file.
+    pub fn open(path: &std::path::Path) -> Result<Self, EngineError> {
+        Self::from_gguf(&Gguf::open(path)?)
+    }
+
     /// From the `tokenizer.*` metadata.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, EngineError> {
         let path = gguf.path();

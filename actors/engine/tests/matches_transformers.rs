@@ -1,0 +1,134 @@
+//! The engine computes what Hugging Face transformers computes: same chat template, same tokens, same logits.
+//! `fixtures/make_smollm2_reference.py` made the reference and says how.
+
+use std::collections::BTreeMap;
+
+use ingle_engine::llama::Llama;
+use ingle_engine::text::{Codec, Special, Tokenizer};
+use ingle_engine::{DeviceChoice, StepEngine, StepEntry};
+use ingle_protocol::wire::v1::{Message, Role};
+use serde::Deserialize;
+
+mod support;
+
+/// The argmax may differ where the reference itself is this close to a tie.
+const MARGIN: f32 = 0.05;
+/// The most positions that may be that close.
+const EXEMPT: f64 = 0.03;
+/// The largest error of a top-5 logit.
+const TOLERANCE: f32 = 0.02;
+
+#[derive(Deserialize)]
+struct Reference {
+    model: BTreeMap<String, String>,
+    chat_template: String,
+    prompts: Vec<Prompt>,
+    tokenizer_cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Prompt {
+    name: String,
+    messages: Vec<BTreeMap<String, String>>,
+    rendered: String,
+    prompt_ids: Vec<u32>,
+    greedy_ids: Vec<u32>,
+    greedy_text: String,
+    top_ids: Vec<Vec<u32>>,
+    top_logits: Vec<Vec<f32>>,
+    margins: Vec<f32>,
+}
+
+impl Prompt {
+    fn messages(&self) -> Vec<Message> {
+        let role = |name: &str| [Role::System, Role::User, Role::Assistant].into_iter().find(|r| r.as_str() == name);
+        let message = |m: &BTreeMap<String, String>| Message {
+            role: role(&m["role"]).unwrap(),
+            content: m["content"].clone(),
+            extra: vec![],
+        };
+        self.messages.iter().map(message).collect()
+    }
+}
+
+#[derive(Deserialize)]
+struct Case {
+    text: String,
+    note: String,
+    ids: Vec<u32>,
+    ids_special_as_text: Vec<u32>,
+    drops_bytes: bool,
+}
+
+fn reference() -> Reference {
+    let json = include_str!("fixtures/smollm2_reference.json");
+    let reference: Reference = serde_json::from_str(json).unwrap();
+    assert_eq!(reference.model["sha256"], support::SHA256);
+    reference
+}
+
+#[test]
+fn templates_and_tokens_are_equal() {
+    let (reference, model) = (reference(), support::model());
+    let gguf = ingle_engine::gguf::Gguf::open(&model).unwrap();
+    assert_eq!(gguf.text("tokenizer.chat_template").unwrap(), Some(reference.chat_template.as_str()));
+    let tokenizer = Tokenizer::open(&model).unwrap();
+    assert_eq!(reference.prompts.len(), 20);
+    for prompt in &reference.prompts {
+        assert_eq!(tokenizer.render(&prompt.messages()).unwrap(), prompt.rendered, "{}", prompt.name);
+        assert_eq!(tokenizer.prompt(&prompt.messages()).unwrap(), prompt.prompt_ids, "{}", prompt.name);
+    }
+    for case in &reference.tokenizer_cases {
+        let note = &case.note;
+        assert_eq!(tokenizer.encode(&case.text, Special::Parse).unwrap(), case.ids, "{note}");
+        assert_eq!(tokenizer.encode(&case.text, Special::AsText).unwrap(), case.ids_special_as_text, "{note}");
+        if !case.drops_bytes {
+            assert_eq!(tokenizer.decode(&case.ids_special_as_text), case.text, "{note}");
+        }
+    }
+    // Control tokens are no text; between them the texts are equal.
+    for prompt in &reference.prompts {
+        let words = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"];
+        let text = words.iter().fold(prompt.greedy_text.clone(), |text, word| text.replace(word, ""));
+        assert_eq!(tokenizer.decode(&prompt.greedy_ids), text, "{}", prompt.name);
+    }
+}
+
+#[test]
+fn logits_are_equal() {
+    let reference = reference();
+    let mut model = Llama::open(&support::model(), DeviceChoice::Cpu, 1, None).unwrap();
+    let (mut positions, mut exempt, mut worst) = (0u32, 0u32, 0.0f32);
+    for prompt in &reference.prompts {
+        let tokens = [&prompt.prompt_ids[..], &prompt.greedy_ids[..]].concat();
+        let first = prompt.prompt_ids.len() - 1;
+        // The reference's tokens, whatever we would have chosen: one wrong choice must not hide what follows.
+        let entries: Vec<StepEntry> =
+            (0u32..).zip(&tokens).map(|(position, token)| StepEntry { token: *token, slot: 0, position }).collect();
+        let entries = &entries[..entries.len() - 1];
+        for (number, chunk) in entries.chunks(64).enumerate() {
+            let from = number * 64;
+            let want: Vec<usize> = (0..chunk.len()).filter(|index| from + index >= first).collect();
+            let logits = model.step(chunk, &want).unwrap();
+            for (row, index) in want.iter().enumerate() {
+                let (step, logits) = (from + index - first, logits.row(row));
+                for (id, expected) in prompt.top_ids[step].iter().zip(&prompt.top_logits[step]) {
+                    let error = (logits[*id as usize] - expected).abs();
+                    assert!(error <= TOLERANCE, "{} step {step} token {id}: off by {error}", prompt.name);
+                    worst = worst.max(error);
+                }
+                let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap() as u32;
+                positions += 1;
+                if prompt.margins[step] > MARGIN {
+                    assert_eq!(best, prompt.top_ids[step][0], "{} step {step}", prompt.name);
+                } else {
+                    exempt += 1;
+                }
+            }
+        }
+        model.release(0);
+    }
+    println!("{positions} positions, {exempt} too close to call, largest top-5 logit error {worst}");
+    assert_eq!(positions, 20 * 64);
+    assert!(f64::from(exempt) <= EXEMPT * f64::from(positions));
+}
