@@ -64,7 +64,8 @@ fn node_rows(node: &NodeStatus, is_this: bool) -> Vec<Vec<String>> {
     }
     let row = |(index, model): (usize, &ingle_actors::monitor::ModelStatus)| {
         let about = if index == 0 { about.to_vec() } else { vec![String::new(); about.len()] };
-        let speed = format!("{:.1}", model.tokens_per_second);
+        // Adding zero makes -0.0 plain.
+        let speed = format!("{:.1}", model.tokens_per_second + 0.0);
         let does =
             [model.name.clone(), model.state.clone(), model.running.to_string(), model.waiting.to_string(), speed];
         about.into_iter().chain(does).collect()
@@ -83,7 +84,9 @@ fn heard(age_ms: Option<u64>) -> String {
 }
 
 fn latency_row(latency: &LatencySummary) -> Vec<String> {
-    let pair = |[p50, p99]: [f64; 2]| format!("{p50:.0}/{p99:.0}");
+    // Below ten the first decimal counts.
+    let short = |ms: f64| if ms < 9.95 { format!("{ms:.1}") } else { format!("{ms:.0}") };
+    let pair = |[p50, p99]: [f64; 2]| format!("{}/{}", short(p50), short(p99));
     vec![
         latency.node.clone(),
         latency.model.clone(),
@@ -178,8 +181,8 @@ mini          02020202  192.168.1.2:11436  failed  12 s ago  -        -        -
 mini is failed: timed out
 
 Requests that entered here, p50/p99 in ms:
-ANSWERED BY  MODEL    DONE  FAILED  QUEUE  PREFILL   FIRST    GAP     TOTAL
-tower        smollm2    12       1    0/2   80/120  95/140  30/45  900/2000
+ANSWERED BY  MODEL    DONE  FAILED    QUEUE  PREFILL   FIRST    GAP     TOTAL
+tower        smollm2    12       1  0.2/1.6   80/120  95/140  30/45  900/2000
 ";
         assert_eq!(render(&status), expected);
     }

@@ -130,7 +130,7 @@ async fn tell(node: Arc<Node>, http: SocketAddr, state_dir_flag: String) {
             ModelState::Ready if was_ready => complain("The model answers again."),
             ModelState::Ready => {
                 was_ready = true;
-                say(&ready_lines(http, node.own_model(), &state_dir_flag));
+                say(&ready_lines(http, own_model(&node), &state_dir_flag));
             }
             ModelState::Failed { why } => complain(&format!("The model does not run: {why}")),
             _ => {}
@@ -141,11 +141,31 @@ async fn tell(node: Arc<Node>, http: SocketAddr, state_dir_flag: String) {
     }
 }
 
-/// `model` is its name and what it runs on; `None` for a node without one.
-fn ready_lines(http: SocketAddr, model: Option<(String, String)>, state_dir_flag: &str) -> String {
+/// This node's model, as people are told of it.
+struct OwnModel {
+    name: String,
+    /// What it runs on; empty where that is not known.
+    backend: String,
+    /// Requests that name no model get this one.
+    is_default: bool,
+}
+
+fn own_model(node: &Node) -> Option<OwnModel> {
+    let (name, backend) = node.own_model()?;
+    let is_default = node.models().iter().any(|model| model.name == name && model.is_default);
+    Some(OwnModel { name, backend, is_default })
+}
+
+/// `model` is `None` for a node without one.
+fn ready_lines(http: SocketAddr, model: Option<OwnModel>, state_dir_flag: &str) -> String {
+    // The line to copy must work: a model that is no default one has to be named.
+    let named = match &model {
+        Some(model) if !model.is_default => format!("\"model\":{},", serde_json::Value::from(model.name.as_str())),
+        _ => String::new(),
+    };
     let with = match model {
-        Some((name, backend)) if backend.is_empty() => format!("with {name}"),
-        Some((name, backend)) => format!("with {name} on {backend}"),
+        Some(OwnModel { name, backend, .. }) if backend.is_empty() => format!("with {name}"),
+        Some(OwnModel { name, backend, .. }) => format!("with {name} on {backend}"),
         None => "without a model of its own: it asks the other nodes".into(),
     };
     let url = format!("http://{http}/v1/chat/completions");
@@ -153,7 +173,7 @@ fn ready_lines(http: SocketAddr, model: Option<(String, String)>, state_dir_flag
     let url = if url.contains('[') { format!("'{url}'") } else { url };
     format!(
         "Ready: http://{http}/v1 {with}\n\n  curl {url} -H 'Content-Type: application/json' -d \
-         '{{\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'\n\nTo add a machine, type `ingle \
+         '{{{named}\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'\n\nTo add a machine, type `ingle \
          token{state_dir_flag}` here in another terminal and follow what it says. Ctrl-C ends the node."
     )
 }
@@ -195,13 +215,16 @@ mod tests {
 
     #[test]
     fn the_ready_lines_have_one_command_to_copy() {
-        let model = Some(("smollm2".into(), "cpu".into()));
+        let model = Some(OwnModel { name: "smollm2".into(), backend: "cpu".into(), is_default: true });
         let lines = ready_lines("127.0.0.1:5".parse().unwrap(), model, " --state-dir /s");
         assert!(lines.starts_with("Ready: http://127.0.0.1:5/v1 with smollm2 on cpu\n"));
         let curl = lines.lines().find(|line| line.trim_start().starts_with("curl ")).unwrap();
         let body = curl.split_once("-d '").unwrap().1.strip_suffix('\'').unwrap();
         assert_eq!(serde_json::from_str::<serde_json::Value>(body).unwrap()["messages"][0]["content"], "hello");
         assert!(lines.contains("`ingle token --state-dir /s`"));
+        let echo = Some(OwnModel { name: "echo".into(), backend: String::new(), is_default: false });
+        let lines = ready_lines("127.0.0.1:5".parse().unwrap(), echo, "");
+        assert!(lines.contains(r#"-d '{"model":"echo","messages":["#), "{lines}");
         assert!(ready_lines("[::1]:5".parse().unwrap(), None, "").contains("curl 'http://[::1]:5/"));
     }
 }
