@@ -33,7 +33,7 @@ async fn a_killed_engine_ends_its_answers_in_typed_errors_and_starts_again() {
     assert_eq!(status.latency("tower")["failed"], 1, "of those that entered here");
 
     // The same from within: a panic in a step, and an exit of the whole process.
-    for mishap in ["panic after 2: hello", "exit after 2: hello"] {
+    for mishap in ["every 200ms panic after 2: hello", "every 200ms exit after 2: hello"] {
         let broken = mini.stream(&echo(mishap)).await.rest().await;
         assert!(broken.error.is_some() && !broken.done, "{broken:?}");
         assert_eq!(mini.ask_until_answered(&echo("again")).await.text(), "again");

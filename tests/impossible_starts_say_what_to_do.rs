@@ -58,9 +58,8 @@ async fn a_model_file_that_is_none_is_named() {
 async fn addresses_that_cannot_be_used_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let state = folder.path().join("state");
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().map(|a| (TcpListener::bind(a).unwrap(), a));
-    let (_listener, http) = taken.unwrap();
-    let http = http.to_string();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let http = listener.local_addr().unwrap().to_string();
     says(&up(&state, &["--http", &http]).await.fails_with(1), &[&http, "in use", "--http"]);
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let quic = socket.local_addr().unwrap().to_string();

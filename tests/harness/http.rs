@@ -3,7 +3,7 @@
 use reqwest::header::HeaderMap;
 use serde_json::Value;
 
-use super::{DEADLINE, Machine};
+use super::{DEADLINE, Machine, until_or};
 
 /// An HTTP client that keeps no connections (nodes come and go here).
 pub fn client() -> reqwest::Client {
@@ -80,25 +80,26 @@ impl Machine {
 
     /// Asks until it answers; until then it may not know the model, as a node that has just started does.
     pub async fn ask_until_known(&self, body: &Value) -> Answer {
-        super::until("a request is answered", async || {
-            let answer = self.ask(body).await;
-            assert!(matches!(answer.status, 200 | 404 | 503), "{}", answer.body);
-            (answer.status == 200).then_some(answer)
-        })
-        .await
+        self.ask_again_and_again(body, |answer| assert!(matches!(answer.status, 404 | 503), "{}", answer.body)).await
     }
 
     /// Asks until it answers; before that it may say "not now" and nothing else.
     pub async fn ask_until_answered(&self, body: &Value) -> Answer {
-        super::until("a request is answered", async || {
+        self.ask_again_and_again(body, Answer::is_not_now).await
+    }
+
+    async fn ask_again_and_again(&self, body: &Value, check: impl Fn(&Answer)) -> Answer {
+        let mut last = Value::Null;
+        let found = until_or(DEADLINE, &mut async || {
             let answer = self.ask(body).await;
             if answer.status != 200 {
-                answer.is_not_now();
+                check(&answer);
+                last = answer.body;
                 return None;
             }
             Some(answer)
-        })
-        .await
+        });
+        found.await.unwrap_or_else(|| panic!("{}: no answer within {DEADLINE:?}, but {last}", self.name))
     }
 
     /// Asks for a stream and returns when it has begun.

@@ -24,7 +24,7 @@ pub use serde_json::{Value, json};
 pub const DEADLINE: Duration = Duration::from_secs(40);
 /// How long a model file may take to arrive.
 pub const FETCH_DEADLINE: Duration = Duration::from_secs(400);
-const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// An answer of several minutes from an echo engine.
 pub const LONG: &str = "repeat 1300 every 50ms: hello ";
