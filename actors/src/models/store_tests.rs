@@ -32,7 +32,7 @@ fn hub_model(revisions: &[&str]) -> CatalogModel {
 fn store(dir: &Path, server: &TestServer) -> ModelStore {
     let millis = Duration::from_millis;
     let hub = server.url.clone();
-    let settings = SourceSettings { hub, stall: millis(300), pause: millis(10), ..SourceSettings::default() };
+    let settings = SourceSettings { hub, stall: millis(1000), pause: millis(10), ..SourceSettings::default() };
     ModelStore::open_with(dir, settings).unwrap()
 }
 
@@ -247,7 +247,7 @@ async fn each_fault_of_a_server_is_a_line_that_names_it() {
         (
             "a redirect to a file",
             |_, _| Answer { headers: vec![("Location", "file:///etc/passwd".into())], ..Answer::new(302) },
-            "redirect",
+            "answered 302",
         ),
         (
             "redirects without end",
@@ -257,7 +257,7 @@ async fn each_fault_of_a_server_is_a_line_that_names_it() {
         (
             "silence",
             |asked, n| if n % 2 == 0 { whole(asked) } else { Answer { stall: Some(0), ..whole(asked) } },
-            "nothing came for 0.3 s",
+            "nothing came for 1 s",
         ),
     ];
     for (what, fault, words) in faults {
@@ -267,7 +267,7 @@ async fn each_fault_of_a_server_is_a_line_that_names_it() {
         let line = failure(ensure(&store(folder.path(), &server), &hub_model(&["v1"])).await);
         assert!(line.starts_with("model hub, owner/repo: ") && line.contains(words), "{what}: {line}");
         assert!(!line.contains('\n'), "{what}: {line}");
-        assert!(begin.elapsed() < Duration::from_secs(5), "{what}: {:?}", begin.elapsed());
+        assert!(begin.elapsed() < Duration::from_secs(15), "{what}: {:?}", begin.elapsed());
         assert!(!names(folder.path()).contains(&"gguf".to_owned()), "{what}");
     }
 }
