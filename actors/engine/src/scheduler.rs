@@ -29,6 +29,7 @@ mod warm_up;
 mod tests;
 
 pub(crate) use intake::{Place, Submission};
+pub(crate) use output::LastWord;
 use output::{Flushed, Lingering};
 use sequence::{End, Sequence};
 

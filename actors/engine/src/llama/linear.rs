@@ -85,14 +85,18 @@ mod tests {
 
     #[test]
     fn rows_do_not_depend_on_their_number() {
-        let sizes = [(64, 64), (64, 259), (160, 48), (576, 64), (576, 960), (576, 3072), (1700, 64), (1536, 576), (3000, 130)];
+        let sizes =
+            [(64, 64), (64, 259), (160, 48), (576, 64), (576, 960), (576, 3072), (1700, 64), (1536, 576), (3000, 130)];
         for (inputs, outputs) in sizes {
             let x = matrix(70, inputs);
             let linear = Linear::new(matrix(inputs, outputs), true, &Device::flex());
             let whole = values(linear.apply(x.clone()));
             for (from, rows) in (1..=70).map(|rows| (0, rows)).chain([(5, 1), (5, 3), (64, 6), (69, 1)]) {
                 let part = values(linear.apply(x.clone().slice([from..from + rows])));
-                assert!(part == whole[from * outputs..(from + rows) * outputs], "{inputs} x {outputs}, {rows} rows from {from}");
+                assert!(
+                    part == whole[from * outputs..(from + rows) * outputs],
+                    "{inputs} x {outputs}, {rows} rows from {from}"
+                );
             }
         }
     }

@@ -168,9 +168,7 @@ fn models_that_cannot_run_are_refused_by_name() {
     assert!(error(&|tiny| tiny.meta("llama.attention.head_count_kv", Meta::U32(3))).contains("do not share"));
     assert!(error(&|tiny| tiny.meta("llama.rope.dimension_count", Meta::U32(8))).contains("8 rotated"));
     assert!(error(&|tiny| tiny.meta("llama.rope.scaling.type", Meta::Text("yarn".into()))).contains("\"yarn\""));
-    assert!(
-        error(&|tiny| tiny.meta("llama.rope.freq_base", Meta::F32(f32::NAN))).contains("llama.rope.freq_base")
-    );
+    assert!(error(&|tiny| tiny.meta("llama.rope.freq_base", Meta::F32(f32::NAN))).contains("llama.rope.freq_base"));
     let bias = error(&|tiny| tiny.tensor_f32("blk.0.attn_q.bias", &[2], &[0.0, 0.0]));
     assert!(bias.contains("tensor blk.0.attn_q.bias is not supported"), "{bias}");
 }
