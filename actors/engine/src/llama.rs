@@ -276,7 +276,7 @@ impl StepEngine for Llama {
         if want_logits.is_empty() {
             return Ok(Logits::new(Vec::new(), width));
         }
-        let rows = want_logits.iter().map(|index| x.clone().slice([*index..*index + 1])).collect();
+        let rows = want_logits.iter().map(|index| x.clone().slice_dim(0, *index..*index + 1)).collect();
         let rows = norm(Tensor::cat(rows, 0), &self.weights.output_norm, epsilon);
         let logits = self.weights.output.apply(rows).into_data();
         let values = logits.try_into_vec::<f32>().map_err(|why| EngineError::Step(format!("{why:?}")))?;

@@ -1,5 +1,7 @@
 //! The default model behind the engine's own face: what a client would see.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 

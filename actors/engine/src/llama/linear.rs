@@ -59,9 +59,9 @@ impl Linear {
                 };
                 (size..inputs).step_by(size).fold(part(0), |sum, from| sum + part(from))
             }
-            _ if rows == 1 => x.repeat_dim(0, 2).matmul(self.weight.clone()).slice([0..1]),
+            _ if rows == 1 => x.repeat_dim(0, 2).matmul(self.weight.clone()).slice_dim(0, 0..1),
             _ if rows > SMALL && outputs <= SMALL => {
-                let few = |from: usize| self.apply(x.clone().slice([from..(from + SMALL).min(rows)]));
+                let few = |from: usize| self.apply(x.clone().slice_dim(0, from..(from + SMALL).min(rows)));
                 Tensor::cat((0..rows).step_by(SMALL).map(few).collect(), 0)
             }
             _ => x.matmul(self.weight.clone()),
@@ -92,7 +92,7 @@ mod tests {
             let linear = Linear::new(matrix(inputs, outputs), true, &Device::flex());
             let whole = values(linear.apply(x.clone()));
             for (from, rows) in (1..=70).map(|rows| (0, rows)).chain([(5, 1), (5, 3), (64, 6), (69, 1)]) {
-                let part = values(linear.apply(x.clone().slice([from..from + rows])));
+                let part = values(linear.apply(x.clone().slice_dim(0, from..from + rows)));
                 assert!(
                     part == whole[from * outputs..(from + rows) * outputs],
                     "{inputs} x {outputs}, {rows} rows from {from}"

@@ -202,7 +202,8 @@ fn what_cannot_be_honoured_is_refused_by_name() {
     assert!(message.contains("'tools'"), "{message}");
     let (kind, param, _) = refusal(&|r| r.messages[0].extra = br#"{"name": "x"}"#.to_vec());
     assert_eq!((kind, param.as_str()), (RefusalKind::UnsupportedField, "messages[0].name"));
-    let invalid: [(&str, &dyn Fn(&mut Request)); 11] = [
+    type Change = dyn Fn(&mut Request);
+    let invalid: [(&str, &Change); 11] = [
         ("extra", &|r| r.extra = b"[1]".to_vec()),
         ("messages", &|r| r.messages.clear()),
         ("temperature", &|r| r.sampling.temperature = 2.5),
