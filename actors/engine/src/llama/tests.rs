@@ -172,3 +172,31 @@ fn models_that_cannot_run_are_refused_by_name() {
     let bias = error(&|tiny| tiny.tensor_f32("blk.0.attn_q.bias", &[2], &[0.0, 0.0]));
     assert!(bias.contains("tensor blk.0.attn_q.bias is not supported"), "{bias}");
 }
+
+/// Runs where the `gpu` feature is built in and any adapter is found, a software one included.
+#[cfg(feature = "gpu")]
+#[test]
+fn a_gpu_computes_what_the_cpu_computes() {
+    let (device, (backend, numerics)) = match crate::device::choose(DeviceChoice::Gpu) {
+        Ok(found) => found,
+        Err(why) => return println!("not tried: {why}"),
+    };
+    println!("{backend}, {numerics}");
+    let sizes = Sizes { heads: 5, kv_heads: 1, ..Sizes::default() };
+    let gguf = Arc::new(Gguf::from_bytes(llama(sizes).bytes()).unwrap());
+    let open = |device: &Device| Llama::load(gguf.clone(), device, 2, None, Default::default()).unwrap();
+    let (mut gpu, mut cpu) = (open(&device), open(&Device::flex()));
+    let tokens = tokens(90);
+    let mut compare = |entries: &[StepEntry]| {
+        let want: Vec<usize> = (0..entries.len()).collect();
+        let (got, due) = (gpu.step(entries, &want).unwrap(), cpu.step(entries, &want).unwrap());
+        for row in 0..entries.len() {
+            for (got, due) in got.row(row).iter().zip(due.row(row)) {
+                assert!((got - due).abs() < 2e-3 * (1.0 + due.abs()), "{got} {due}");
+            }
+        }
+    };
+    compare(&entries(0, 0, &tokens[..64]));
+    compare(&[entries(0, 64, &tokens[64..70]), entries(1, 0, &tokens[..3])].concat());
+    compare(&[entries(0, 70, &tokens[70..71]), entries(1, 3, &tokens[3..4])].concat());
+}

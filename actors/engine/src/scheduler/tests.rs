@@ -436,6 +436,13 @@ fn a_model_that_does_not_load_says_why() {
     let engine = started(EngineSpec::new(missing, ModelDigest::default()));
     let ModelState::Failed { why } = engine.snapshot().state else { panic!("{:?}", engine.snapshot()) };
     assert!(why.contains("/nowhere/model.gguf"), "{why}");
+    let folder = tempfile::tempdir().unwrap();
+    let path = tiny::llama(tiny::Sizes::default()).write(folder.path());
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &whole[..whole.len() - 100]).unwrap();
+    let cut = started(EngineSpec::new(ModelSource::Gguf(path), ModelDigest::default()));
+    let ModelState::Failed { why } = cut.snapshot().state else { panic!("{:?}", cut.snapshot()) };
+    assert!(why.contains("tiny.gguf: the file is truncated: tensor blk.1.ffn_down.weight needs bytes"), "{why}");
     assert_eq!(ask(&engine, request("x")).refused().kind, RefusalKind::Draining);
 }
 
