@@ -52,6 +52,8 @@ pub struct NodeOptions {
     pub model: Option<ModelChoice>,
     /// Where model files are kept; shared by all nodes of the machine.
     pub model_cache: PathBuf,
+    /// Environment variables for the engine processes (how they log).
+    pub engine_environment: Vec<(String, String)>,
 }
 
 /// Why a node does not start, with what to do about it.
@@ -154,6 +156,8 @@ pub struct Node {
 
 /// Sequences that an engine of this node decodes together.
 const SLOTS: u32 = 4;
+/// How long answers that were cut off have to say so.
+const CUT_OFF_GRACE: Duration = Duration::from_millis(500);
 /// How long starting may take before it counts as stuck.
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -172,7 +176,8 @@ impl Node {
         let model = options.model.clone().map(|choice| {
             let sockets = options.state_dir.join("run");
             let cache = options.model_cache.clone();
-            let worker_options = WorkerOptions { choice, cache, sockets, index: 0, slots: SLOTS };
+            let environment = options.engine_environment.clone();
+            let worker_options = WorkerOptions { choice, cache, sockets, index: 0, slots: SLOTS, environment };
             let worker = ModelWorker::new(worker_options, workers.clone());
             workers.add(worker.clone());
             worker
@@ -294,6 +299,11 @@ impl Node {
         {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        self.workers.cut_off();
+        let grace = tokio::time::Instant::now() + CUT_OFF_GRACE;
+        while (self.gateway.open_answers() > 0 || self.workers.running() > 0) && tokio::time::Instant::now() < grace {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         self.supervision.stop(Duration::from_secs(4)).await;
     }
 }
@@ -400,7 +410,11 @@ fn open_state_dir(path: &Path) -> Result<FileLock, StartError> {
 
 fn load_or_found(state_dir: &Path, name: &str) -> Result<Identity, StartError> {
     let wrong = |error: crate::identity::IdentityError| StartError::Identity(error.to_string());
-    if let Some(identity) = Identity::load(state_dir).map_err(wrong)? {
+    if let Some(mut identity) = Identity::load(state_dir).map_err(wrong)? {
+        if identity.name != name {
+            name.clone_into(&mut identity.name);
+            identity.store(state_dir).map_err(wrong)?;
+        }
         return Ok(identity);
     }
     let node = NodeId(rand::random());
@@ -504,6 +518,12 @@ pub async fn mint_token_offline(
     let identity = load_or_found(state_dir, name).map_err(|error| JoinError(error.to_string()))?;
     let bound = SocketAddr::from(([0, 0, 0, 0], quic_port));
     mint(&TokenBook::new(state_dir), &identity, bound, lifetime)
+}
+
+/// The name under which a node last ran or joined in the state directory.
+pub fn remembered_name(state_dir: &Path) -> Option<String> {
+    // A damaged identity is said where it is needed.
+    Identity::load(state_dir).ok().flatten().map(|identity| identity.name)
 }
 
 /// The path of the control socket of a node that runs in `state_dir`.

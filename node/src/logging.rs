@@ -26,6 +26,17 @@ pub struct LogSettings {
     pub format: LogFormat,
 }
 
+impl LogSettings {
+    /// Environment variables that make another process of ours log alike.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let format = match self.format {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        };
+        vec![("INGLE_LOG".into(), self.filter.clone()), ("INGLE_LOG_FORMAT".into(), format.into())]
+    }
+}
+
 /// Starts logging for the life of the process. Fails with [`UsageError`] on a filter that cannot be read.
 pub fn start(settings: &LogSettings) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&settings.filter).map_err(|error| {

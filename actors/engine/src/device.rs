@@ -52,27 +52,45 @@ pub(crate) fn load(spec: &EngineSpec) -> Result<Loaded, EngineError> {
 
 /// The device, what it is in words, and its numerics class.
 pub(crate) fn choose(choice: DeviceChoice) -> Result<(Device, (String, String)), EngineError> {
-    match (choice, gpu()) {
-        (DeviceChoice::Cpu, _) | (DeviceChoice::Auto, None) => {
-            let device = Device::flex();
-            let numerics = format!("flex-{BURN}-f32-{}-{:08x}", std::env::consts::ARCH, fingerprint(&device));
-            Ok((device, ("cpu (burn flex, f32)".into(), numerics)))
-        }
-        (_, Some(found)) => Ok(found),
-        (DeviceChoice::Gpu, None) => Err(EngineError::Device(
-            if cfg!(feature = "gpu") {
-                "no GPU was found"
+    let found = match choice {
+        DeviceChoice::Cpu => None,
+        DeviceChoice::Auto => gpu(false),
+        DeviceChoice::Gpu => {
+            let why = if cfg!(feature = "gpu") {
+                "no graphics adapter was found (is its Vulkan or Metal driver installed?)"
             } else {
                 "this build has no GPU support: build it with `--features gpu`"
-            }
-            .into(),
-        )),
-    }
+            };
+            Some(gpu(true).ok_or_else(|| EngineError::Device(why.into()))?)
+        }
+    };
+    Ok(found.unwrap_or_else(|| {
+        let device = Device::flex();
+        let numerics = format!("flex-{BURN}-f32-{}-{:08x}", std::env::consts::ARCH, fingerprint(&device));
+        (device, ("cpu (burn flex, f32)".into(), numerics))
+    }))
 }
 
 #[cfg(not(feature = "gpu"))]
-fn gpu() -> Option<(Device, (String, String))> {
+fn gpu(_software_too: bool) -> Option<(Device, (String, String))> {
     None
+}
+
+/// The first adapter that is a card; with `software_too` also a driver that computes on the CPU, which is slow but
+/// shows that the GPU's code is right.
+#[cfg(feature = "gpu")]
+fn gpu(software_too: bool) -> Option<(Device, (String, String))> {
+    let look = || {
+        let devices = Device::enumerate(burn::tensor::DeviceType::Wgpu);
+        let mut identified: Vec<_> =
+            devices.into_iter().filter_map(|d| d.identity().map(|identity| (d, identity))).collect();
+        identified.sort_by_key(|(_, identity)| identity.physical.is_none());
+        identified.into_iter().find(|(_, identity)| software_too || identity.physical.is_some())
+    };
+    // A driver that is half installed panics somewhere in there; then there is no GPU.
+    let (device, identity) = std::panic::catch_unwind(look).ok().flatten()?;
+    let numerics = format!("wgpu-{BURN}-f32-{}-{}", identity.name, identity.fingerprint).replace(' ', "_");
+    Some((device, (format!("gpu ({}, burn wgpu, f32)", identity.name), numerics)))
 }
 
 /// A hash over the bits of a small computation in the shapes that a model has. Which kernels run and in which

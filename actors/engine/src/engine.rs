@@ -10,7 +10,7 @@ use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::{ModelState, RefusalKind, Refused, Request};
 use tokio::sync::{mpsc, watch};
 
-use crate::scheduler::{self, Place, Submission, Wake};
+use crate::scheduler::{self, LastWord, Place, Submission, Wake};
 use crate::snapshot::Shared;
 use crate::{EngineSnapshot, EngineSpec};
 
@@ -58,11 +58,11 @@ impl Engine {
     /// one place is set aside for the last frame, so that it arrives even where nobody reads. A full channel
     /// pauses the sequence, a closed one cancels it.
     pub fn submit(&self, request: Request, answers: mpsc::Sender<Answer>) {
-        let Ok(last) = answers.clone().try_reserve_owned() else {
+        let Some(last) = LastWord::reserve(&answers) else {
             return; // closed, or without room for a single frame: nobody to tell
         };
-        let refuse = |last: mpsc::OwnedPermit<Answer>, kind, message: String, retry_after_ms| {
-            last.send(Answer::Refused(Refused { kind, message, param: None, retry_after_ms }));
+        let refuse = |last: LastWord, kind, message: String, retry_after_ms| {
+            last.say(Answer::Refused(Refused { kind, message, param: None, retry_after_ms }));
         };
         match self.shared.state() {
             ModelState::Ready => {}

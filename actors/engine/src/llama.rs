@@ -6,9 +6,8 @@
 //! needs only a few of its rows. Keys and values are kept per slot and layer and grow by need.
 //!
 //! **What one sequence gets does not depend on the others, nor on how its prompt was cut.** On the CPU this holds
-//! bit for bit (`tests/bits.rs`), because every sum is taken in an order that depends on the row alone: a
-//! matrix product sums each row the same way for any number of rows from two on (a lone row gets a companion),
-//! and attention always runs over whole blocks of [`BLOCK`] positions, masked behind the row's own, with
+//! bit for bit, because every sum is taken in an order that depends on the row alone: see `Linear` for
+//! products with weights; and attention always runs over whole blocks of [`BLOCK`] positions, masked behind the row's own, with
 //! no group of rows crossing a block's end. So a prompt that is read again with an answer's tokens behind it gives
 //! the state that decoding gave. GPUs promise no such thing.
 
@@ -24,6 +23,7 @@ use crate::{Capabilities, DeviceChoice, EngineError, Logits, StepEngine, StepEnt
 
 mod cache;
 mod hyperparameters;
+mod linear;
 mod rotary;
 mod weights;
 
@@ -189,7 +189,7 @@ impl Llama {
         let Hyperparameters { heads, kv_heads, head_size, .. } = self.hyperparameters;
         let layer = &self.weights.layers[number];
         let rows = x.dims()[0];
-        let qkv = matmul(x, &layer.query_key_value);
+        let qkv = layer.query_key_value.apply(x);
         let rotated = (heads + kv_heads) * head_size;
         let qk = qkv.clone().slice([0..rows, 0..rotated]).reshape([rows, heads + kv_heads, head_size]);
         let qk = rotary::rotate(qk, cos_sin);
@@ -205,25 +205,16 @@ impl Llama {
             outputs.push(attend(q.clone().slice([of_group]), keys, values, &group.mask, kv_heads));
         }
         let attended = if outputs.len() == 1 { outputs.swap_remove(0) } else { Tensor::cat(outputs, 0) };
-        matmul(attended, &self.weights.layers[number].attention_output)
+        self.weights.layers[number].attention_output.apply(attended)
     }
 
     fn feed_forward(layer: &Layer, x: Tensor<2>, width: usize) -> Tensor<2> {
         let rows = x.dims()[0];
-        let gate_up = matmul(x, &layer.gate_up);
+        let gate_up = layer.gate_up.apply(x);
         let gate = gate_up.clone().slice([0..rows, 0..width]);
         let up = gate_up.slice([0..rows, width..2 * width]);
-        matmul(silu(gate) * up, &layer.down)
+        layer.down.apply(silu(gate) * up)
     }
-}
-
-/// `x · weight`, every row summed in the same order however many there are: a lone row would take another path
-/// (matrix by vector), so it gets a companion.
-fn matmul(x: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
-    if x.dims()[0] == 1 {
-        return x.repeat_dim(0, 2).matmul(weight.clone()).slice([0..1]);
-    }
-    x.matmul(weight.clone())
 }
 
 fn norm(x: Tensor<2>, weight: &Tensor<2>, epsilon: f32) -> Tensor<2> {
@@ -285,9 +276,9 @@ impl StepEngine for Llama {
         if want_logits.is_empty() {
             return Ok(Logits::new(Vec::new(), width));
         }
-        let rows = want_logits.iter().map(|index| x.clone().slice([*index..*index + 1])).collect();
+        let rows = want_logits.iter().map(|index| x.clone().slice_dim(0, *index..*index + 1)).collect();
         let rows = norm(Tensor::cat(rows, 0), &self.weights.output_norm, epsilon);
-        let logits = matmul(rows, &self.weights.output).into_data();
+        let logits = self.weights.output.apply(rows).into_data();
         let values = logits.try_into_vec::<f32>().map_err(|why| EngineError::Step(format!("{why:?}")))?;
         Ok(Logits::new(values, width))
     }

@@ -29,6 +29,7 @@ mod warm_up;
 mod tests;
 
 pub(crate) use intake::{Place, Submission};
+pub(crate) use output::LastWord;
 use output::{Flushed, Lingering};
 use sequence::{End, Sequence};
 
@@ -299,10 +300,11 @@ impl Scheduler {
             self.engine.release(sequence.slot);
             self.free.push(sequence.slot);
         }
+        // Before the last frame goes out, so that whoever has it finds the slot free.
+        self.shared.running.store(self.running.len() as u32, Ordering::Release);
         if let Some(lingering) = sequence.end(end) {
             self.lingering.push(lingering);
         }
-        self.shared.running.store(self.running.len() as u32, Ordering::Relaxed);
     }
 
     /// The end of the thread: nothing is left without a last frame. After a failure late requests get theirs too,

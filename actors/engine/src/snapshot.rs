@@ -179,7 +179,9 @@ impl RecentTokens {
 
     fn per_second(&self, now: Instant) -> f32 {
         let tenth = self.tenth(now);
-        self.tenths.iter().filter(|(at, _)| *at + 10 > tenth).map(|(_, tokens)| *tokens as f32).sum()
+        let tokens: u64 =
+            self.tenths.iter().filter(|(at, _)| *at + 10 > tenth).map(|(_, tokens)| u64::from(*tokens)).sum();
+        tokens as f32
     }
 }
 

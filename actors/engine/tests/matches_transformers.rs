@@ -1,6 +1,8 @@
 //! The engine computes what Hugging Face transformers computes: same chat template, same tokens, same logits.
 //! `fixtures/make_smollm2_reference.py` made the reference and says how.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use ingle_engine::llama::Llama;

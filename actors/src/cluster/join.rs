@@ -133,7 +133,7 @@ pub async fn join(address: &str, token: &JoinToken, name: &str, guest: bool) -> 
     }
     let certificate = CertificateDer::from(granted.certificate);
     let assemble = |authority_key| {
-        Identity::assemble(authority.clone(), authority_key, certificate.clone(), key.serialize_der(), now)
+        Identity::assemble(authority.clone(), authority_key, certificate.clone(), key.serialize_der(), name, now)
             .map_err(|error| broken(error.to_string()))
     };
     let mut identity = assemble(None)?;

@@ -20,7 +20,7 @@ use tracing::Instrument;
 
 use super::{ChatRequest, DEFAULT_MODEL, GatewayError, OfferedModel, Reply};
 use crate::cluster::{Mesh, PeerLink, submit_remote};
-use crate::monitor::{Latencies, Timeline, request_span};
+use crate::monitor::{Latencies, Outcome, Timeline, request_span};
 use crate::worker::{ANSWER_BUFFER, Workers};
 
 /// Tries on other nodes while nothing was computed yet.
@@ -222,10 +222,11 @@ impl Gateway {
         let asked = request.model.trim();
         let name = if asked.is_empty() || asked == DEFAULT_MODEL { default_name(offers) } else { Some(asked.into()) };
         let Some(name) = name else {
-            return Err(Choice::Nobody(GatewayError::NoWorker {
-                why: "No machine of this cluster has a model yet. Start one with `ingle up` where there is memory for it.".into(),
-                retry_after: RETRY_AFTER * 5,
-            }));
+            let why = match offers.first() {
+                None => "No machine of this cluster has a model yet. Start one with `ingle up` where there is memory for it.".into(),
+                Some(offer) => format!("This cluster has no default model. Ask for one by name, like `{}`.", offer.facts.name),
+            };
+            return Err(Choice::Nobody(GatewayError::NoWorker { why, retry_after: RETRY_AFTER * 5 }));
         };
         let known: Vec<&Offer> = offers.iter().filter(|offer| offer.facts.name == name).collect();
         if known.is_empty() {
@@ -325,7 +326,7 @@ impl Gateway {
                 Answer::Progress(_) => {}
                 Answer::Refused(refused) => return Err(GatewayError::Refused(refused)),
                 Answer::Failed(failed) => {
-                    timeline.close(&self.latencies, &offer.node_name, &request.model, false, Instant::now());
+                    timeline.close(&self.latencies, &offer.node_name, &request.model, Outcome::Failed, Instant::now());
                     return Err(GatewayError::Failed(failed));
                 }
                 Answer::Token(_) | Answer::Finished(_) => {
@@ -412,7 +413,8 @@ struct Watch {
 impl Watch {
     async fn run(mut self, first: Option<Answer>, mut inner: mpsc::Receiver<Answer>, answers: mpsc::Sender<Answer>) {
         let mut next = first;
-        let mut well = false;
+        // Until its end came through, an answer that ends here ends because its client left.
+        let mut outcome = Outcome::Cancelled;
         loop {
             let answer = match next.take() {
                 Some(answer) => answer,
@@ -429,14 +431,18 @@ impl Watch {
                     answer
                 }
             };
-            well = matches!(answer, Answer::Finished(_));
             let last = answer.is_last();
+            let ended = if matches!(answer, Answer::Finished(_)) { Outcome::Finished } else { Outcome::Failed };
             // Progress has done its work when it arrived here.
             let passes_on = matches!(answer, Answer::Token(_) | Answer::Finished(_) | Answer::Failed(_));
-            if (passes_on && answers.send(answer).await.is_err()) || last {
+            if passes_on && answers.send(answer).await.is_err() {
+                break;
+            }
+            if last {
+                outcome = ended;
                 break;
             }
         }
-        self.timeline.close(&self.latencies, &self.node, &self.model, well, Instant::now());
+        self.timeline.close(&self.latencies, &self.node, &self.model, outcome, Instant::now());
     }
 }

@@ -54,6 +54,7 @@ struct File {
     key: String,
     /// Seconds since 1970, by the clock of the machine that signed.
     signed_at: i64,
+    name: String,
 }
 
 /// A node's certificate and key, and the authority that it trusts.
@@ -69,6 +70,8 @@ pub struct Identity {
     pub signer: Option<Authority>,
     /// This node's certificate.
     pub certificate: CertificateDer<'static>,
+    /// The name under which the node last ran or joined.
+    pub name: String,
     key_pkcs8: Vec<u8>,
     signed_at: OffsetDateTime,
 }
@@ -92,7 +95,7 @@ impl Identity {
         let signed_at =
             OffsetDateTime::from_unix_timestamp(file.signed_at).map_err(|error| damaged(error.to_string()))?;
         let certificate = CertificateDer::from(decode(&file.certificate)?);
-        Self::assemble(authority, authority_key, certificate, decode(&file.key)?, signed_at)
+        Self::assemble(authority, authority_key, certificate, decode(&file.key)?, &file.name, signed_at)
             .map_err(|error| damaged(error.to_string()))
             .map(Some)
     }
@@ -103,13 +106,14 @@ impl Identity {
         authority_key: Option<Vec<u8>>,
         certificate: CertificateDer<'static>,
         key_pkcs8: Vec<u8>,
+        name: &str,
         signed_at: OffsetDateTime,
     ) -> Result<Self, IdentityError> {
         let names = read_names(&certificate).ok_or(rcgen::Error::CouldNotParseCertificate)?;
         KeyPair::try_from(&PrivatePkcs8KeyDer::from(key_pkcs8.clone()))?;
         let signer = authority_key.map(|key| Authority::from_der(authority.clone(), &key)).transpose()?;
         let cluster = Authority::cluster_id(&authority);
-        Ok(Self { names, cluster, authority, signer, certificate, key_pkcs8, signed_at })
+        Ok(Self { names, cluster, authority, signer, certificate, name: name.to_owned(), key_pkcs8, signed_at })
     }
 
     /// A new cluster with this node as its only member. Not stored yet.
@@ -118,7 +122,14 @@ impl Identity {
         let key = KeyPair::generate()?;
         let certificate = authority.sign(&signing_request(&key)?, node, name, Membership::Full, now)?;
         let authority_key = authority.key_pkcs8();
-        Self::assemble(authority.certificate().clone(), Some(authority_key), certificate, key.serialize_der(), now)
+        Self::assemble(
+            authority.certificate().clone(),
+            Some(authority_key),
+            certificate,
+            key.serialize_der(),
+            name,
+            now,
+        )
     }
 
     /// Stores it; when this returns it survives kill -9.
@@ -131,6 +142,7 @@ impl Identity {
             certificate: BASE64.encode(&self.certificate),
             key: BASE64.encode(&self.key_pkcs8),
             signed_at: self.signed_at.unix_timestamp(),
+            name: self.name.clone(),
         };
         serde_json::to_vec_pretty(&file)
             .map_err(io::Error::other)
@@ -165,8 +177,14 @@ impl Identity {
         signed_at: OffsetDateTime,
     ) -> Result<Self, IdentityError> {
         let authority_key = self.signer.as_ref().map(Authority::key_pkcs8);
-        let renewed =
-            Self::assemble(self.authority.clone(), authority_key, certificate, self.key_pkcs8.clone(), signed_at)?;
+        let renewed = Self::assemble(
+            self.authority.clone(),
+            authority_key,
+            certificate,
+            self.key_pkcs8.clone(),
+            &self.name,
+            signed_at,
+        )?;
         if renewed.names.node == self.names.node {
             Ok(renewed)
         } else {

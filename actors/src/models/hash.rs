@@ -254,7 +254,7 @@ mod tests {
             ("/a/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct.q4_1"),
             ("My Model (v2).gguf", "my-model--v2"),
             ("模型.gguf", "model"),
-            ("..gguf", "gguf"),
+            ("..gguf", "model"),
         ] {
             assert_eq!(model_name(Path::new(path)), name, "{path}");
         }

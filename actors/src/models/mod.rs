@@ -22,4 +22,4 @@ pub use client::{ClientError, http_client};
 pub use hash::{LocalFileError, LocalModel, model_name};
 pub use pypi::PipProgram;
 pub use source::{SourceError, SourceSettings};
-pub use store::{FetchError, ModelStore, StoreError};
+pub use store::{FetchError, ModelStore, StoreError, default_dir};

@@ -140,6 +140,7 @@ mod tests {
         part.remove().unwrap();
     }
 
+    #[cfg(target_os = "linux")]
     #[tokio::test]
     async fn a_full_disk_is_an_error_of_the_writer() {
         // Where every write fails with "no space left on device".

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use etcetera::BaseStrategy;
 use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::v1::ModelState;
 use tokio_util::sync::CancellationToken;
@@ -16,11 +17,17 @@ use super::fetch::Fetch;
 use super::hash::{DigestMemory, LocalFileError, LocalModel, local_file};
 use super::part::Part;
 use super::pypi::Usage;
-use super::source::{Source, SourceError, SourceSettings};
+use super::source::{SourceError, SourceSettings};
 use crate::platform::{FileLock, LockError, available_disk_space};
 
 /// How often a node looks whether another one has fetched the file. (Waiting in the lock could not be cancelled.)
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Where the model files of this user are, where nobody says otherwise.
+pub fn default_dir() -> Option<PathBuf> {
+    let system = etcetera::choose_base_strategy().ok()?;
+    Some(system.cache_dir().join("ingle").join("models"))
+}
 
 /// The store, or a file in it, cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -154,29 +161,16 @@ impl ModelStore {
         progress: &(dyn Fn(ModelState) + Send + Sync),
         cancel: &CancellationToken,
     ) -> Result<PathBuf, FetchError> {
-        let sources = model.sources.iter().map(|spec| (spec.to_string(), self.settings.source(spec))).collect();
-        self.ensure_from(model, sources, progress, cancel).await
-    }
-
-    /// [`ModelStore::ensure`] from other sources than the model's own.
-    pub(super) async fn ensure_from(
-        &self,
-        model: &CatalogModel,
-        sources: Vec<(String, Result<Box<dyn Source>, SourceError>)>,
-        progress: &(dyn Fn(ModelState) + Send + Sync),
-        cancel: &CancellationToken,
-    ) -> Result<PathBuf, FetchError> {
         tokio::select! {
             biased;
             () = cancel.cancelled() => Err(FetchError::Cancelled { model: model.name.clone() }),
-            result = Box::pin(self.ensure_uncancelled(model, sources, progress)) => result,
+            result = Box::pin(self.ensure_uncancelled(model, progress)) => result,
         }
     }
 
     async fn ensure_uncancelled(
         &self,
         model: &CatalogModel,
-        sources: Vec<(String, Result<Box<dyn Source>, SourceError>)>,
         progress: &(dyn Fn(ModelState) + Send + Sync),
     ) -> Result<PathBuf, FetchError> {
         // Unlocked first: what is here and right is what is asked for nearly always.
@@ -203,7 +197,7 @@ impl ModelStore {
             Err(error) => return Err(error.into()),
         }
         let fetch = Fetch { store: self, model, part: Part::new(&self.dir, &model.digest), lock, progress };
-        self.fetch(fetch, sources, failures).await
+        self.fetch(fetch, failures).await
     }
 
     async fn find_and_say(
@@ -260,12 +254,7 @@ impl ModelStore {
         self.memory.remember(path, digest);
     }
 
-    async fn fetch(
-        &self,
-        fetch: Fetch<'_>,
-        sources: Vec<(String, Result<Box<dyn Source>, SourceError>)>,
-        mut failures: Vec<String>,
-    ) -> Result<PathBuf, FetchError> {
+    async fn fetch(&self, fetch: Fetch<'_>, mut failures: Vec<String>) -> Result<PathBuf, FetchError> {
         let model = fetch.model;
         if let Some(size) = model.size {
             let needed = size.saturating_sub(fetch.part.len());
@@ -280,8 +269,9 @@ impl ModelStore {
                 });
             }
         }
-        for (name, source) in sources {
-            let result = match source {
+        for spec in &model.sources {
+            let name = spec.to_string();
+            let result = match self.settings.source(spec) {
                 Ok(source) => fetch.from(&name, source.as_ref()).await,
                 Err(error) => Err(error),
             };

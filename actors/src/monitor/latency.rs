@@ -23,6 +23,7 @@ struct Record {
     total: Histogram<u64>,
     finished: u64,
     failed: u64,
+    cancelled: u64,
 }
 
 impl Record {
@@ -37,6 +38,7 @@ impl Record {
             total: histogram()?,
             finished: 0,
             failed: 0,
+            cancelled: 0,
         })
     }
 }
@@ -88,6 +90,7 @@ impl Latencies {
                 model: model.clone(),
                 finished: record.finished,
                 failed: record.failed,
+                cancelled: record.cancelled,
                 queue_ms: percentiles(&record.queue),
                 prefill_ms: percentiles(&record.prefill),
                 first_token_ms: percentiles(&record.first_token),
@@ -96,6 +99,17 @@ impl Latencies {
             })
             .collect()
     }
+}
+
+/// How an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Well.
+    Finished,
+    /// Not well.
+    Failed,
+    /// Its client left.
+    Cancelled,
 }
 
 /// When what happened to one answer. Times are arguments, so that it can be simulated.
@@ -132,13 +146,15 @@ impl Timeline {
     }
 
     /// The answer ended.
-    pub fn close(self, latencies: &Latencies, node: &str, model: &str, well: bool, now: Instant) {
+    pub fn close(self, latencies: &Latencies, node: &str, model: &str, outcome: Outcome, now: Instant) {
         latencies.with(node, model, |entry| {
-            if well {
-                entry.finished += 1;
-                record(&mut entry.total, now.saturating_duration_since(self.began));
-            } else {
-                entry.failed += 1;
+            match outcome {
+                Outcome::Finished => {
+                    entry.finished += 1;
+                    record(&mut entry.total, now.saturating_duration_since(self.began));
+                }
+                Outcome::Failed => entry.failed += 1,
+                Outcome::Cancelled => entry.cancelled += 1,
             }
             if let Some(computing) = self.computing {
                 record(&mut entry.queue, computing.saturating_duration_since(self.began));
@@ -171,8 +187,8 @@ mod tests {
         timeline.observe(&Answer::Progress(Progress::Prefilled { done: 0, total: 9 }), at(200));
         timeline.observe(&token(), at(500));
         timeline.observe(&token(), at(510));
-        timeline.close(&latencies, "tower", "m", true, at(600));
-        Timeline::new(at(0)).close(&latencies, "tower", "m", false, at(1));
+        timeline.close(&latencies, "tower", "m", Outcome::Finished, at(600));
+        Timeline::new(at(0)).close(&latencies, "tower", "m", Outcome::Failed, at(1));
         let [summary] = latencies.summaries().try_into().unwrap();
         let near = |[p50, _]: [f64; 2], ms: f64| (p50 / ms - 1.0).abs() < 0.02;
         assert_eq!((summary.finished, summary.failed), (1, 1));

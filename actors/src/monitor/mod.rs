@@ -5,7 +5,7 @@ mod status;
 
 use ingle_protocol::wire::v1::Request;
 
-pub use latency::{Latencies, Timeline};
+pub use latency::{Latencies, Outcome, Timeline};
 pub use status::{ClusterStatus, LatencySummary, ModelStatus, NodeStatus, cluster_status};
 
 /// The span of a request in one process. All processes that it crosses log the same `trace_id` and `request_id`.

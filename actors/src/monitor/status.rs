@@ -83,6 +83,8 @@ pub struct LatencySummary {
     pub finished: u64,
     /// Requests that did not.
     pub failed: u64,
+    /// Requests whose client left.
+    pub cancelled: u64,
     /// Until a place was free: p50 and p99.
     pub queue_ms: [f64; 2],
     /// Reading the prompt: p50 and p99.

@@ -10,7 +10,7 @@ use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use super::{ANSWER_BUFFER, SILENCE_LIMIT, refused};
+use super::{ANSWER_BUFFER, SILENCE_LIMIT, WorkerOptions, refused};
 use crate::frames::{FrameError, read_body, read_frame, write_body};
 use crate::platform::{LocalStream, connect};
 
@@ -30,14 +30,15 @@ impl ChildEngine {
         socket: PathBuf,
         model: Option<&Path>,
         digest: ModelDigest,
-        slots: u32,
+        options: &WorkerOptions,
     ) -> std::io::Result<(Self, mpsc::Receiver<EngineReport>)> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("engine").arg("--socket").arg(&socket);
         if let Some(model) = model {
             command.arg("--model").arg(model);
         }
-        command.args(["--digest", &digest.to_string(), "--slots", &slots.to_string()]);
+        command.args(["--digest", &digest.to_string(), "--slots", &options.slots.to_string()]);
+        command.envs(options.environment.iter().map(|(name, value)| (name, value)));
         // Ctrl-C in a terminal goes to the whole group: the node decides when its engines end.
         command.process_group(0);
         let mut child =

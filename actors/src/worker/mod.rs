@@ -11,8 +11,9 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use ingle_protocol::NodeId;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{EnginePulse, ModelFacts, RefusalKind, Refused, Request};
+use ingle_protocol::wire::v1::{EnginePulse, Failed, FailureKind, ModelFacts, RefusalKind, Refused, Request};
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 pub use model_worker::{ModelWorker, WorkerOptions};
 
@@ -36,6 +37,8 @@ pub trait Worker: Send + Sync + std::fmt::Debug {
 pub struct Workers {
     list: RwLock<Vec<Arc<dyn Worker>>>,
     draining: AtomicBool,
+    /// Ends what still runs when the time for draining is up.
+    cut_off: CancellationToken,
     running: Arc<AtomicU32>,
     changed: watch::Sender<u64>,
 }
@@ -45,6 +48,7 @@ impl Default for Workers {
         Self {
             list: RwLock::default(),
             draining: AtomicBool::new(false),
+            cut_off: CancellationToken::new(),
             running: Arc::default(),
             changed: watch::Sender::new(0),
         }
@@ -93,6 +97,11 @@ impl Workers {
         self.note_change();
     }
 
+    /// Ends what still runs: its readers get a typed failure.
+    pub fn cut_off(&self) {
+        self.cut_off.cancel();
+    }
+
     /// Gives the request to the worker that has its content.
     pub async fn submit(&self, request: Request) -> mpsc::Receiver<Answer> {
         if self.draining.load(Ordering::Acquire) {
@@ -109,15 +118,19 @@ impl Workers {
         let mut inner = worker.submit(request).await;
         // The count must outlive the answer, wherever the receiver goes.
         let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
+        let cut_off = self.cut_off.clone();
         tokio::spawn(async move {
             let _running = running;
             loop {
                 let answer = tokio::select! {
+                    biased;
                     () = answers.closed() => return,
+                    () = cut_off.cancelled() => Some(shutting_down()),
                     answer = inner.recv() => answer,
                 };
                 let Some(answer) = answer else { return };
-                if answers.send(answer).await.is_err() {
+                let last = answer.is_last();
+                if answers.send(answer).await.is_err() || last {
                     return;
                 }
             }
@@ -139,6 +152,11 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
+}
+
+fn shutting_down() -> Answer {
+    let message = "the node shut down before the answer was complete".to_owned();
+    Answer::Failed(Failed { kind: FailureKind::ShuttingDown, message, retryable: false, migratable: true })
 }
 
 /// An answer that is one refusal.

@@ -37,6 +37,8 @@ pub struct WorkerOptions {
     pub index: u16,
     /// Sequences to decode together.
     pub slots: u32,
+    /// Environment variables for the engine process.
+    pub environment: Vec<(String, String)>,
 }
 
 #[derive(Debug, Clone)]
@@ -209,7 +211,7 @@ impl ModelWorker {
             status.generation
         };
         let socket = self.options.sockets.join(format!("engine-{}-{generation}.sock", self.options.index));
-        let (mut child, mut reports) = ChildEngine::spawn(socket, file, digest, self.options.slots)?;
+        let (mut child, mut reports) = ChildEngine::spawn(socket, file, digest, &self.options)?;
         tracing::info!(pid = child.pid(), generation, "engine process started");
         let mut was_ready = false;
         while let Some(report) = reports.recv().await {

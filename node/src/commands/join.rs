@@ -27,9 +27,7 @@ pub async fn run(settings: &Settings, join: Join) -> anyhow::Result<()> {
         }
         Err(ControlError::NoNode) => {
             let joined = Box::pin(join_offline(&settings.state_dir, &settings.name, options)).await?;
-            // The certificate carries the name: the node must start with the same one.
-            let named = name.map(|name| format!(" --name {name}")).unwrap_or_default();
-            let flags = format!("{named}{}", settings.state_dir_flag());
+            let flags = settings.state_dir_flag();
             let next = format!(
                 "Start the node with `ingle up{flags}`, or `ingle up --no-model{flags}` to answer with the models of \
                  the others."

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use ingle_actors::Node;
 use ingle_actors::node::{ModelChoice, NodeOptions};
+use ingle_actors::protocol::liveness::Health;
 use ingle_actors::protocol::wire::v1::ModelState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -54,17 +55,25 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         }
     };
     say(&format!("Ingle node `{}` at http://{http}", settings.name));
-    let telling = tokio::spawn(tell(node.clone(), http, settings.state_dir_flag()));
+    let mut telling = tokio::spawn(tell(node.clone(), http, settings.state_dir_flag()));
 
-    signals.next().await;
+    let useless = tokio::select! {
+        () = signals.next() => None,
+        told = &mut telling => told.ok(),
+    };
     telling.abort();
-    complain("Ending: running answers may finish. Once more ends at once.");
+    if useless.is_none() {
+        complain("Ending: running answers may finish. Once more ends at once.");
+    }
     app.draining.store(true, Ordering::Relaxed);
     tokio::select! {
         () = end(&node, &server, &control, settings.drain_limit) => {}
         () = signals.next() => complain("Ended at once."),
     }
-    Ok(())
+    match useless {
+        Some(why) => Err(anyhow!("The model does not run, and there is no other machine to ask: {why}")),
+        None => Ok(()),
+    }
 }
 
 /// Drains and ends everything. HTTP goes last: while answers finish, new requests still get a clear 503.
@@ -85,6 +94,7 @@ fn node_options(settings: &Settings, http: SocketAddr, quic: SocketAddr) -> Node
         peers: settings.peers.clone(),
         model: settings.model.clone(),
         model_cache: settings.model_cache.clone(),
+        engine_environment: settings.log.environment(),
     }
 }
 
@@ -115,11 +125,12 @@ fn refuse_missing_model(settings: &Settings) -> Result<(), UsageError> {
     }
 }
 
-/// Tells people how the model is until it is there, and whenever that changes.
-async fn tell(node: Arc<Node>, http: SocketAddr, state_dir_flag: String) {
+/// Tells people how the model is until it is there, and whenever that changes. Ends where the node is of no use to
+/// anybody, with the reason.
+async fn tell(node: Arc<Node>, http: SocketAddr, state_dir_flag: String) -> String {
     let Some(mut states) = node.model_state() else {
         say(&ready_lines(http, None, &state_dir_flag));
-        return;
+        return std::future::pending().await;
     };
     let mut progress = Progress::new();
     let mut was_ready = false;
@@ -132,13 +143,34 @@ async fn tell(node: Arc<Node>, http: SocketAddr, state_dir_flag: String) {
                 was_ready = true;
                 say(&ready_lines(http, own_model(&node), &state_dir_flag));
             }
-            ModelState::Failed { why } => complain(&format!("The model does not run: {why}")),
+            ModelState::Failed { why } => {
+                if !was_ready && !has_company(&node).await {
+                    return why.clone();
+                }
+                complain(&format!("The model does not run: {why}"));
+            }
             _ => {}
         }
         if states.changed().await.is_err() {
-            return;
+            return std::future::pending().await;
         }
     }
+}
+
+/// Other machines can answer for this one: a node that lost its model is still a way in to them. Members that are
+/// only remembered get a moment to show up.
+async fn has_company(node: &Node) -> bool {
+    for _ in 0..20 {
+        let others = node.status().map(|status| status.nodes).unwrap_or_default();
+        if others.iter().skip(1).any(|node| node.health == Health::Alive) {
+            return true;
+        }
+        if others.len() <= 1 {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    false
 }
 
 /// This node's model, as people are told of it.

@@ -188,7 +188,11 @@ impl Settings {
         };
         let name = match layer.name.or(file.node.name) {
             Some(name) => checked_name(name)?,
-            None => default_name(&hostname::get().unwrap_or_default().to_string_lossy()),
+            // A node keeps its name until it is told another one.
+            None => match ingle_actors::node::remembered_name(&state_dir) {
+                Some(name) => name,
+                None => default_name(&hostname::get().unwrap_or_default().to_string_lossy()),
+            },
         };
         let model = match layer.model {
             Some(text) => model_choice(&text, Path::new(""))?,

@@ -50,7 +50,7 @@ fn blocks_of_32_follow_their_definitions() {
 fn blocks_of_256_follow_their_definitions() {
     let random: Vec<u32> = numbers(1, 256).iter().map(|value| ((value + 1.0) * 1e6) as u32).collect();
     let (scales, minima): (Vec<u8>, Vec<u8>) =
-        (0..8).map(|group| ((group * 9 + 1) as u8, (63 - group * 5) as u8)).unzip();
+        (0..8).map(|group| ((group * 8 + 7) as u8, (63 - group * 5) as u8)).unzip();
     let mut packed_scales = [0u8; 12];
     for group in 0..4 {
         packed_scales[group] = scales[group] | (scales[group + 4] >> 4) << 6;

@@ -57,7 +57,12 @@ fn errors_say_what_is_wrong_with_what() {
     assert!(error(misshapen(vec![0], 0)).contains("are impossible"));
     assert!(error(misshapen(vec![1; 5], 0)).contains("5 dimensions"));
     assert!(error(misshapen(vec![33], 3)).contains("rows of 33 weights are not whole blocks of 32"));
-    assert!(error(|tiny| drop(tiny.meta("general.alignment", Meta::U32(33)))).contains("general.alignment"));
+    assert!(
+        error(|tiny| {
+            tiny.meta("general.alignment", Meta::U32(33));
+        })
+        .contains("general.alignment")
+    );
     let second = small().tensors[1].clone();
     assert!(error(|tiny| tiny.tensors.push(second)).contains("tensor second: it is there twice"));
     let unknown = Gguf::from_bytes({

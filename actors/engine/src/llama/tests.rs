@@ -153,24 +153,50 @@ fn impossible_entries_are_refused_and_slots_start_anew() {
 
 #[test]
 fn models_that_cannot_run_are_refused_by_name() {
-    let error = |change: &dyn Fn(&mut Tiny)| {
+    let error = |change: &dyn Fn(&mut Tiny) -> &mut Tiny| {
         let mut tiny = llama(Sizes { layers: 1, ..Sizes::default() });
         change(&mut tiny);
         load(&tiny, 1).unwrap_err()
     };
-    let other = error(&|tiny| drop(tiny.meta("general.architecture", Meta::Text("mamba".into()))));
+    let other = error(&|tiny| tiny.meta("general.architecture", Meta::Text("mamba".into())));
     assert!(other.contains("the architecture \"mamba\" is not supported: only \"llama\" is"), "{other}");
-    assert!(error(&|tiny| drop(tiny.meta("llama.expert_count", Meta::U32(8)))).contains("mixture of experts"));
-    assert!(error(&|tiny| drop(tiny.without("llama.block_count"))).contains("llama.block_count is missing"));
-    assert!(error(&|tiny| drop(tiny.without("blk.0.ffn_up.weight"))).contains("tensor blk.0.ffn_up.weight is missing"));
-    assert!(error(&|tiny| drop(tiny.meta("llama.embedding_length", Meta::U32(128)))).contains("where [128"));
-    assert!(error(&|tiny| drop(tiny.meta("llama.attention.head_count", Meta::U32(0)))).contains("head_count"));
-    assert!(error(&|tiny| drop(tiny.meta("llama.attention.head_count_kv", Meta::U32(3)))).contains("do not share"));
-    assert!(error(&|tiny| drop(tiny.meta("llama.rope.dimension_count", Meta::U32(8)))).contains("8 rotated"));
-    assert!(error(&|tiny| drop(tiny.meta("llama.rope.scaling.type", Meta::Text("yarn".into())))).contains("\"yarn\""));
-    assert!(
-        error(&|tiny| drop(tiny.meta("llama.rope.freq_base", Meta::F32(f32::NAN)))).contains("llama.rope.freq_base")
-    );
-    let bias = error(&|tiny| drop(tiny.tensor_f32("blk.0.attn_q.bias", &[2], &[0.0, 0.0])));
+    assert!(error(&|tiny| tiny.meta("llama.expert_count", Meta::U32(8))).contains("mixture of experts"));
+    assert!(error(&|tiny| tiny.without("llama.block_count")).contains("llama.block_count is missing"));
+    assert!(error(&|tiny| tiny.without("blk.0.ffn_up.weight")).contains("tensor blk.0.ffn_up.weight is missing"));
+    assert!(error(&|tiny| tiny.meta("llama.embedding_length", Meta::U32(128))).contains("where [128"));
+    assert!(error(&|tiny| tiny.meta("llama.attention.head_count", Meta::U32(0))).contains("head_count"));
+    assert!(error(&|tiny| tiny.meta("llama.attention.head_count_kv", Meta::U32(3))).contains("do not share"));
+    assert!(error(&|tiny| tiny.meta("llama.rope.dimension_count", Meta::U32(8))).contains("8 rotated"));
+    assert!(error(&|tiny| tiny.meta("llama.rope.scaling.type", Meta::Text("yarn".into()))).contains("\"yarn\""));
+    assert!(error(&|tiny| tiny.meta("llama.rope.freq_base", Meta::F32(f32::NAN))).contains("llama.rope.freq_base"));
+    let bias = error(&|tiny| tiny.tensor_f32("blk.0.attn_q.bias", &[2], &[0.0, 0.0]));
     assert!(bias.contains("tensor blk.0.attn_q.bias is not supported"), "{bias}");
+}
+
+/// Runs where the `gpu` feature is built in and any adapter is found, a software one included.
+#[cfg(feature = "gpu")]
+#[test]
+fn a_gpu_computes_what_the_cpu_computes() {
+    let (device, (backend, numerics)) = match crate::device::choose(DeviceChoice::Gpu) {
+        Ok(found) => found,
+        Err(why) => return println!("not tried: {why}"),
+    };
+    println!("{backend}, {numerics}");
+    let sizes = Sizes { heads: 5, kv_heads: 1, ..Sizes::default() };
+    let gguf = Arc::new(Gguf::from_bytes(llama(sizes).bytes()).unwrap());
+    let open = |device: &Device| Llama::load(gguf.clone(), device, 2, None, Default::default()).unwrap();
+    let (mut gpu, mut cpu) = (open(&device), open(&Device::flex()));
+    let tokens = tokens(90);
+    let mut compare = |entries: &[StepEntry]| {
+        let want: Vec<usize> = (0..entries.len()).collect();
+        let (got, due) = (gpu.step(entries, &want).unwrap(), cpu.step(entries, &want).unwrap());
+        for row in 0..entries.len() {
+            for (got, due) in got.row(row).iter().zip(due.row(row)) {
+                assert!((got - due).abs() < 2e-3 * (1.0 + due.abs()), "{got} {due}");
+            }
+        }
+    };
+    compare(&entries(0, 0, &tokens[..64]));
+    compare(&[entries(0, 64, &tokens[64..70]), entries(1, 0, &tokens[..3])].concat());
+    compare(&[entries(0, 70, &tokens[70..71]), entries(1, 3, &tokens[3..4])].concat());
 }

@@ -4,6 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use rayon::prelude::*;
 
 use super::Hyperparameters;
+use super::linear::Linear;
 use crate::EngineError;
 use crate::dequantize::Format;
 use crate::gguf::{Gguf, GgufError, TensorInfo};
@@ -13,17 +14,17 @@ const STRIP: usize = 32;
 /// Outputs that are transposed at once: one cache line of `f32`.
 const LINE: usize = 16;
 
-/// One layer. Matrices are `[in, out]`, norms `[1, embedding]`.
+/// One layer. Norms are `[1, embedding]`.
 #[derive(Debug)]
 pub(super) struct Layer {
     pub attention_norm: Tensor<2>,
     /// Queries, keys and values side by side.
-    pub query_key_value: Tensor<2>,
-    pub attention_output: Tensor<2>,
+    pub query_key_value: Linear,
+    pub attention_output: Linear,
     pub feed_forward_norm: Tensor<2>,
     /// Gate and up side by side.
-    pub gate_up: Tensor<2>,
-    pub down: Tensor<2>,
+    pub gate_up: Linear,
+    pub down: Linear,
 }
 
 /// All weights but the embedding table.
@@ -31,7 +32,7 @@ pub(super) struct Layer {
 pub(super) struct Weights {
     pub layers: Vec<Layer>,
     pub output_norm: Tensor<2>,
-    pub output: Tensor<2>,
+    pub output: Linear,
 }
 
 impl Weights {
@@ -159,12 +160,12 @@ impl Loader<'_> {
         Ok(Tensor::from_data(TensorData::new(values, [1, size]), self.device))
     }
 
-    fn matrix(&self, name: &str, inputs: usize, outputs: usize) -> Result<Tensor<2>, GgufError> {
+    fn matrix(&self, name: &str, inputs: usize, outputs: usize) -> Result<Linear, GgufError> {
         self.matrices(inputs, &[(name.into(), outputs, Order::AsStored)])
     }
 
     /// Stored matrices with the same inputs, side by side as one `[in, out]`.
-    fn matrices(&self, inputs: usize, parts: &[(String, usize, Order)]) -> Result<Tensor<2>, GgufError> {
+    fn matrices(&self, inputs: usize, parts: &[(String, usize, Order)]) -> Result<Linear, GgufError> {
         let stored = parts.iter().map(|(name, outputs, order)| {
             let info = self.check(name, &[inputs, *outputs])?;
             let (format, bytes) = (Format::of(info)?, self.gguf.tensor_bytes(info)?);
@@ -182,7 +183,8 @@ impl Loader<'_> {
                 from += part.outputs;
             }
         });
-        Ok(Tensor::from_data(TensorData::new(values, [inputs, outputs]), self.device))
+        let weight = Tensor::from_data(TensorData::new(values, [inputs, outputs]), self.device);
+        Ok(Linear::new(weight, *self.device == Device::flex(), self.device))
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::Wake;
 use super::heartbeat::Hearts;
-use super::output::Output;
+use super::output::{LastWord, Output};
 use super::sequence::{Sequence, Times};
 use crate::snapshot::Shared;
 use crate::text::{Codec, Detokenizer};
@@ -49,8 +49,7 @@ impl Drop for Place {
 pub(crate) struct Submission {
     pub request: Box<Request>,
     pub answers: mpsc::Sender<Answer>,
-    /// The place of its last frame.
-    pub last: mpsc::OwnedPermit<Answer>,
+    pub last: LastWord,
     pub place: Place,
     pub at: Instant,
 }
@@ -107,7 +106,7 @@ impl Intake {
             Ok(prompt) => prompt,
             Err(refused) => {
                 tracing::info!(kind = ?refused.kind, message = refused.message, "request refused");
-                last.send(Answer::Refused(refused));
+                last.say(Answer::Refused(refused));
                 return None;
             }
         };

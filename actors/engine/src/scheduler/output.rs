@@ -4,18 +4,49 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::Progress;
+use ingle_protocol::wire::v1::{Failed, FailureKind, Progress};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::heartbeat::Heart;
 
+/// The place of an answer's last frame, set aside when the request is handed in: it arrives even where nobody
+/// reads, and none is forgotten.
+#[derive(Debug)]
+pub(crate) struct LastWord(Option<mpsc::OwnedPermit<Answer>>);
+
+impl LastWord {
+    /// `None` where the channel is closed or has no place at all.
+    pub fn reserve(answers: &mpsc::Sender<Answer>) -> Option<Self> {
+        answers.clone().try_reserve_owned().ok().map(|permit| Self(Some(permit)))
+    }
+
+    pub fn say(mut self, answer: Answer) {
+        if let Some(permit) = self.0.take() {
+            permit.send(answer);
+        }
+    }
+}
+
+impl Drop for LastWord {
+    /// Whoever loses a request on its way (a thread that ends, a panic) still gives it an end.
+    fn drop(&mut self) {
+        if let Some(permit) = self.0.take() {
+            permit.send(Answer::Failed(Failed {
+                kind: FailureKind::ShuttingDown,
+                message: "the engine ended before the answer was complete".into(),
+                retryable: false,
+                migratable: true,
+            }));
+        }
+    }
+}
+
 /// Sends frames, and holds at most one that did not fit.
 #[derive(Debug)]
 pub(crate) struct Output {
     heart: Arc<Heart>,
-    /// A place for the last frame, so that it arrives even where nobody reads.
-    last: mpsc::OwnedPermit<Answer>,
+    last: LastWord,
     stalled: Option<(Answer, Instant)>,
     closed: bool,
 }
@@ -32,7 +63,7 @@ pub(crate) enum Flushed {
 }
 
 impl Output {
-    pub fn new(sender: mpsc::Sender<Answer>, last: mpsc::OwnedPermit<Answer>) -> Self {
+    pub fn new(sender: mpsc::Sender<Answer>, last: LastWord) -> Self {
         Self { heart: Arc::new(Heart::new(sender)), last, stalled: None, closed: false }
     }
 
@@ -87,7 +118,7 @@ impl Output {
     /// Sends the last frame, whatever did not fit before it being lost.
     pub fn end_now(self, answer: Answer) {
         self.heart.hush();
-        self.last.send(answer);
+        self.last.say(answer);
     }
 
     /// Sends the last frame behind everything else. Where something has not fitted yet, the rest is returned.

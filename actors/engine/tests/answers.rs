@@ -1,0 +1,188 @@
+//! The default model behind the engine's own face: what a client would see.
+
+#![allow(clippy::unwrap_used)]
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use ingle_engine::{DeviceChoice, Engine, EngineSpec, ModelSource, inspect};
+use ingle_protocol::wire::Answer;
+use ingle_protocol::wire::v1::*;
+use ingle_protocol::{ModelDigest, RequestId};
+use tokio::sync::mpsc;
+
+mod support;
+
+fn digest() -> ModelDigest {
+    support::SHA256.parse().unwrap()
+}
+
+/// One for all tests of this process: half a gigabyte each is too much.
+fn engine() -> &'static Engine {
+    static ENGINE: OnceLock<Engine> = OnceLock::new();
+    ENGINE.get_or_init(|| {
+        let spec = EngineSpec::new(ModelSource::Gguf(support::model()), digest());
+        let engine = Engine::start(EngineSpec { device: DeviceChoice::Cpu, slots: 6, ..spec });
+        while matches!(engine.snapshot().state, ModelState::Loading | ModelState::Warming) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(engine.snapshot().state, ModelState::Ready);
+        engine
+    })
+}
+
+fn request(content: &str, change: impl FnOnce(&mut Request)) -> Request {
+    let sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 7, max_tokens: Some(24), stop: vec![] };
+    let mut request = Request {
+        request_id: RequestId([1; 16]),
+        attempt: 0,
+        trace: TraceContext::default(),
+        principal: "local".into(),
+        priority: Priority::Normal,
+        remaining_ms: 300_000,
+        model: "default".into(),
+        digest: digest(),
+        messages: vec![Message { role: Role::User, content: content.into(), extra: vec![] }],
+        sampling,
+        resume: vec![],
+        extra: vec![],
+    };
+    change(&mut request);
+    request
+}
+
+#[derive(Debug, PartialEq)]
+struct Whole {
+    tokens: Vec<Token>,
+    last: Answer,
+}
+
+impl Whole {
+    fn text(&self) -> String {
+        self.tokens.iter().map(|token| std::str::from_utf8(&token.text).expect("half a character")).collect()
+    }
+
+    fn ids(&self) -> Vec<u32> {
+        self.tokens.iter().map(|token| token.id).collect()
+    }
+
+    fn finished(&self) -> Finished {
+        let Answer::Finished(finished) = self.last else { panic!("{:?}", self.last) };
+        finished
+    }
+}
+
+fn submit(request: Request) -> mpsc::Receiver<Answer> {
+    let (sender, receiver) = mpsc::channel(64);
+    engine().submit(request, sender);
+    receiver
+}
+
+fn collect(mut receiver: mpsc::Receiver<Answer>) -> Whole {
+    let mut tokens = Vec::new();
+    while let Some(answer) = receiver.blocking_recv() {
+        match answer {
+            Answer::Token(token) => tokens.push(token),
+            last if last.is_last() => return Whole { tokens, last },
+            _ => {}
+        }
+    }
+    panic!("an answer without an end, after {tokens:?}");
+}
+
+fn ask(request: Request) -> Whole {
+    collect(submit(request))
+}
+
+#[test]
+fn the_file_is_what_it_says() {
+    let summary = inspect(&support::model()).unwrap();
+    assert_eq!((summary.architecture.as_str(), summary.quantization.as_str()), ("llama", "Q4_1"));
+    assert_eq!((summary.context_length, summary.parameters), (8192, 134_515_008));
+    assert!(summary.file_bytes > summary.tensor_bytes && summary.tensor_bytes > 90_000_000);
+    let snapshot = engine().snapshot();
+    assert_eq!(snapshot.backend, "cpu (burn flex, f32)");
+    assert!(snapshot.numerics.starts_with("flex-0.22.1-f32-"), "{}", snapshot.numerics);
+    assert!(snapshot.prefill_rate > 0.0 && snapshot.decode_rate > 0.0);
+}
+
+#[test]
+fn greedy_answers_are_those_of_transformers() {
+    let capital = ask(request("What is the capital of France?", |_| {}));
+    assert_eq!(
+        (capital.text().as_str(), capital.finished().reason),
+        ("The capital of France is Paris.", FinishReason::Stop)
+    );
+    // The prompt, and seven words, a full stop and the end of the turn.
+    let usage = capital.finished().usage;
+    assert_eq!((usage.prompt_tokens, usage.completion_tokens), (37, 8));
+    assert_eq!(ask(request("Hi", |_| {})).text(), "Hello! How can I assist you today?");
+}
+
+#[test]
+fn seeds_repeat_and_differ() {
+    let make = |seed| {
+        request("Tell me a story.", |r| {
+            (r.sampling.temperature, r.sampling.top_p, r.sampling.seed) = (1.0, 0.9, seed);
+        })
+    };
+    let first = ask(make(1));
+    assert_eq!(ask(make(1)), first);
+    assert_ne!(ask(make(2)).ids(), first.ids());
+}
+
+#[test]
+fn company_and_interruptions_change_nothing() {
+    let requests: Vec<Request> = ["Hi", "Name three colours.", "请用简单的中文解释一下什么是光合作用。", "😀😀😀?"]
+        .into_iter()
+        .zip([0.0, 1.0, 0.8, 1.2])
+        .map(|(content, temperature)| request(content, |r| r.sampling.temperature = temperature))
+        .collect();
+    let alone: Vec<Whole> = requests.iter().map(|request| ask(request.clone())).collect();
+    let together: Vec<_> = requests.iter().map(|request| submit(request.clone())).collect();
+    for (alone, together) in alone.iter().zip(together) {
+        assert_eq!(&collect(together), alone);
+    }
+    for (request, alone) in requests.iter().zip(&alone) {
+        let cut = alone.tokens.len() / 2;
+        let rest = ask(Request { resume: alone.ids()[..cut].to_vec(), ..request.clone() });
+        assert_eq!((&rest.tokens[..], &rest.last), (&alone.tokens[cut..], &alone.last));
+    }
+}
+
+#[test]
+fn stop_texts_and_limits_hold() {
+    let question = "What is the capital of France?";
+    let stopped = ask(request(question, |r| r.sampling.stop = vec!["France is".into()]));
+    assert_eq!((stopped.text().as_str(), stopped.finished().reason), ("The capital of ", FinishReason::Stop));
+    let short = ask(request(question, |r| r.sampling.max_tokens = Some(3)));
+    assert_eq!((short.text().as_str(), short.finished().reason), ("The capital of", FinishReason::Length));
+    let long = "word ".repeat(9_000);
+    let refused = ask(request(&long, |_| {}));
+    let Answer::Refused(refused) = refused.last else { panic!("{refused:?}") };
+    assert!(refused.message.starts_with("This model's maximum context length is 8192 tokens."), "{}", refused.message);
+}
+
+#[test]
+fn characters_of_many_bytes_come_whole() {
+    // `Whole::text` fails on half a character; these prompts answer in kana and emoji.
+    let text = ask(request(
+        "東京から大阪まで新幹線で何時間かかりますか？できるだけ詳しく教えてください。",
+        |r| r.sampling.max_tokens = Some(40),
+    ))
+    .text();
+    assert!(text.starts_with("わうわう"), "{text}");
+}
+
+#[test]
+fn a_client_that_leaves_frees_its_slot() {
+    let mut receiver = submit(request("Write a very long story.", |r| r.sampling.max_tokens = None));
+    while !matches!(receiver.blocking_recv(), Some(Answer::Token(_))) {}
+    drop(receiver);
+    let left = Instant::now();
+    // Others may be running; ours is the only one without a limit.
+    while engine().snapshot().running > 0 {
+        assert!(left.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
