@@ -75,7 +75,8 @@ async fn both_list_the_model(tower: &Machine, mini: &Machine) {
 
 async fn both_show_the_cluster(tower: &Machine, mini: &Machine) {
     for (machine, other) in [(tower, mini), (mini, tower)] {
-        let status = machine.until("it counts what it has done", |s| s.latency("tower")["finished"].as_u64() >= Some(2));
+        let status =
+            machine.until("it counts what it has done", |s| s.latency("tower")["finished"].as_u64() >= Some(2));
         let status = status.await;
         assert_eq!(status.nodes().len(), 2);
         assert_eq!(status.node(&machine.name)["id"], status.0["this_node"]);

@@ -34,7 +34,13 @@ async fn bad_requests_are_told_what_is_wrong() {
         (r#"{"model":5,"messages":[]}"#, 400, Some("model"), "", "string"),
         (r#"{"model":"echo","messages":[{"role":"user"}]}"#, 400, Some("messages[0].content"), "", "missing"),
         (r#"{"model":"echo","messages":[{"role":"king","content":""}]}"#, 400, Some("messages[0].role"), "", "king"),
-        (r#"{"model":"ecco","messages":[{"role":"user","content":"hi"}]}"#, 404, Some("model"), "model_not_found", "echo"),
+        (
+            r#"{"model":"ecco","messages":[{"role":"user","content":"hi"}]}"#,
+            404,
+            Some("model"),
+            "model_not_found",
+            "echo",
+        ),
         (&long, 400, Some("messages"), "context_length_exceeded", context),
     ];
     let fields = [

@@ -17,13 +17,12 @@ async fn echo_is_never_the_default() {
         ] {
             let answer = machine.ask(&request).await;
             answer.is_not_now();
-            assert!(answer.message().contains("ingle up"), "what to do: {}", answer.message());
+            assert!(answer.message().contains("by name, like `echo`"), "what to do: {}", answer.message());
         }
         assert_eq!(machine.get("/v1/models/default").await.status, 404);
         let refusal = machine.ingle(&["chat", "hello"]).await.fails_with(1);
-        assert!(refusal.contains("ingle up"), "{refusal}");
+        assert!(refusal.contains("by name, like `echo`"), "{refusal}");
     }
-    // Nor where a model is asked for that the command line does not know.
     let output = tower.output();
     let copied = output.lines().find(|line| line.contains("curl ")).unwrap();
     assert!(copied.contains(r#""model":"echo""#), "the line to copy works: {copied}");

@@ -42,7 +42,10 @@ async fn a_model_file_that_is_none_is_named() {
     let wild = [&head[..], &u64::MAX.to_le_bytes(), b"general.architecture"].concat();
     for path in [
         file("empty.gguf", b""),
-        file("random.gguf", &(0..5_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect::<Vec<_>>()),
+        file(
+            "random.gguf",
+            &(0..5_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect::<Vec<_>>(),
+        ),
         file("cut.gguf", &head),
         file("wild.gguf", &wild),
     ] {

@@ -13,8 +13,7 @@ async fn nodes_find_each_other_by_mdns() {
         eprintln!("skipped: this machine has no network interface but loopback, which has no multicast");
         return;
     }
-    let (mut tower, mut mini) =
-        (Machine::new("tower").on_the_network(), Machine::new("mini").on_the_network());
+    let (mut tower, mut mini) = (Machine::new("tower").on_the_network(), Machine::new("mini").on_the_network());
     tower.up().await;
     mini.join(&tower).await;
     tower.stop().await;

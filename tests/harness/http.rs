@@ -90,7 +90,7 @@ impl Machine {
 
     async fn ask_again_and_again(&self, body: &Value, check: impl Fn(&Answer)) -> Answer {
         let mut last = Value::Null;
-        let found = until_or(DEADLINE, &mut async || {
+        let mut ask = async || {
             let answer = self.ask(body).await;
             if answer.status != 200 {
                 check(&answer);
@@ -98,8 +98,9 @@ impl Machine {
                 return None;
             }
             Some(answer)
-        });
-        found.await.unwrap_or_else(|| panic!("{}: no answer within {DEADLINE:?}, but {last}", self.name))
+        };
+        let found = until_or(DEADLINE, &mut ask).await;
+        found.unwrap_or_else(|| panic!("{}: no answer within {DEADLINE:?}, but {last}", self.name))
     }
 
     /// Asks for a stream and returns when it has begun.

@@ -92,12 +92,18 @@ pub fn children(parent: u32) -> Vec<u32> {
 pub fn listening_ports(pid: u32) -> Vec<(IpAddr, u16)> {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let links = descriptors.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
-    let inodes: HashSet<String> = links
-        .filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
-        .collect();
+    let inodes: HashSet<String> =
+        links.filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned())).collect();
     ["tcp", "tcp6"]
         .iter()
-        .flat_map(|table| std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default().lines().skip(1).map(str::to_owned).collect::<Vec<_>>())
+        .flat_map(|table| {
+            std::fs::read_to_string(format!("/proc/net/{table}"))
+                .unwrap_or_default()
+                .lines()
+                .skip(1)
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        })
         .filter_map(|line| {
             let fields: Vec<&str> = line.split_ascii_whitespace().collect();
             let (address, state, inode) = (*fields.get(1)?, *fields.get(3)?, *fields.get(9)?);

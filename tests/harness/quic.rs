@@ -33,7 +33,8 @@ pub struct QuicClient {
 impl QuicClient {
     /// Talks to `machine` under an application protocol.
     pub fn new(machine: &Machine, alpn: &[u8], certificate: &Certificate<'_>) -> Self {
-        let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls(alpn, certificate)).unwrap()));
+        let mut config =
+            quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls(alpn, certificate)).unwrap()));
         let mut transport = quinn::TransportConfig::default();
         transport.keep_alive_interval(Some(Duration::from_secs(1)));
         config.transport_config(Arc::new(transport));

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwapOption;
+use ingle_engine::DEFAULT_READER_DEADLINE as READER_DEADLINE;
 use ingle_protocol::liveness::Health;
 use ingle_protocol::names::near;
 use ingle_protocol::routing::{Candidate, Demand, pick};
@@ -15,7 +16,7 @@ use ingle_protocol::wire::v1::{
 };
 use ingle_protocol::{EngineId, ModelDigest, NodeId};
 use tokio::sync::mpsc;
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 use tracing::Instrument;
 
 use super::{ChatRequest, DEFAULT_MODEL, GatewayError, OfferedModel, Reply};
@@ -340,7 +341,8 @@ impl Gateway {
             let kind = FailureKind::Protocol;
             return Err(GatewayError::Failed(Failed { kind, message, retryable: false, migratable: false }));
         };
-        let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
+        // One more for the last word to a reader that reads too slowly.
+        let (answers, reader) = mpsc::channel(ANSWER_BUFFER + 1);
         let watch = Watch {
             timeline,
             latencies: self.latencies.clone(),
@@ -373,6 +375,11 @@ fn default_name(offers: &[Offer]) -> Option<String> {
 fn broken() -> Answer {
     let message = "the worker gave up in the middle of the answer".to_owned();
     Answer::Failed(Failed { kind: FailureKind::ConnectionLost, message, retryable: false, migratable: true })
+}
+
+fn too_slow() -> Answer {
+    let message = format!("nobody read the answer for {} s", READER_DEADLINE.as_secs());
+    Answer::Failed(Failed { kind: FailureKind::ReaderTooSlow, message, retryable: false, migratable: false })
 }
 
 fn out_of_time() -> Answer {
@@ -413,6 +420,8 @@ struct Watch {
 impl Watch {
     async fn run(mut self, first: Option<Answer>, mut inner: mpsc::Receiver<Answer>, answers: mpsc::Sender<Answer>) {
         let mut next = first;
+        // The channel is new, so there is room.
+        let Ok(last_word) = answers.clone().try_reserve_owned() else { return };
         // Until its end came through, an answer that ends here ends because its client left.
         let mut outcome = Outcome::Cancelled;
         loop {
@@ -435,8 +444,17 @@ impl Watch {
             let ended = if matches!(answer, Answer::Finished(_)) { Outcome::Finished } else { Outcome::Failed };
             // Progress has done its work when it arrived here.
             let passes_on = matches!(answer, Answer::Token(_) | Answer::Finished(_) | Answer::Failed(_));
-            if passes_on && answers.send(answer).await.is_err() {
-                break;
+            if passes_on {
+                match timeout(READER_DEADLINE, answers.send(answer)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) => break,
+                    // Whatever lies in buffers on the way: nobody holds a place for ever by not reading.
+                    Err(_) => {
+                        last_word.send(too_slow());
+                        outcome = Outcome::Failed;
+                        break;
+                    }
+                }
             }
             if last {
                 outcome = ended;
