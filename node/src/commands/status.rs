@@ -154,6 +154,7 @@ mod tests {
             model: "smollm2".into(),
             finished: 12,
             failed: 1,
+            cancelled: 2,
             queue_ms: [0.2, 1.6],
             prefill_ms: [80.0, 120.0],
             first_token_ms: [95.0, 140.0],
