@@ -339,6 +339,8 @@ fn cluster_service(
                 .await
                 .map_err(|error| error.to_string())?;
                 current.store(Some(mesh.clone()));
+                // What changed while there was no mesh has been told to nobody.
+                workers.note_change();
                 starts.send_modify(|starts| *starts += 1);
                 let stopped = tokio::select! {
                     () = cancel.cancelled() => true,

@@ -1,5 +1,7 @@
 //! Logs go to standard error. People see warnings; `INGLE_LOG` and `-v` show more.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 
 use crate::exit::UsageError;
@@ -40,7 +42,10 @@ pub fn start(settings: &LogSettings) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&settings.filter).map_err(|error| {
         UsageError(format!("The log filter `{}` cannot be read: {error}. Write warn, info or debug.", settings.filter))
     })?;
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     let started = match settings.format {
         LogFormat::Text => lines.try_init(),
         LogFormat::Json => lines.json().try_init(),

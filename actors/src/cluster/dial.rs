@@ -172,6 +172,9 @@ async fn greet(mesh: &Arc<Mesh>, target: SocketAddr) -> Result<NodeId, String> {
             return Ok(peer.node);
         }
         tracing::warn!(address = %plain(target), why = refused.why, "the node is not welcome there");
+        if let Some(member) = mesh.roster.lock().get_mut(&peer.node).filter(|member| member.link.is_none()) {
+            member.watch.lost(&refused.why);
+        }
         return Err(refused.why);
     }
     let welcome = answer.decode::<Welcome>().map_err(|error| error.to_string())?;

@@ -114,8 +114,8 @@ pub fn describe(error: &quinn::ConnectionError) -> String {
 /// Our facts whenever they change, a goodbye at the end.
 async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, connection: Connection, cancel: CancellationToken) {
     let mut facts = mesh.own.subscribe();
-    // What stands now went with the greeting.
-    facts.mark_unchanged();
+    // Once in any case: they may have changed since the greeting was written.
+    facts.mark_changed();
     loop {
         tokio::select! {
             changed = facts.changed() => {

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use axum::body::HttpBody;
+use axum::body::{BodyDataStream, HttpBody};
 use axum::extract::Request;
+use axum::http::{StatusCode, header};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 
@@ -12,24 +13,48 @@ use super::openai::ApiError;
 /// A body that is not there after so long is given up.
 const DEADLINE: Duration = Duration::from_secs(30);
 
+/// Of a body that is too long, so much is read and thrown away, for at most so long.
+const DISCARDED: usize = 64 << 20;
+const DISCARD_DEADLINE: Duration = Duration::from_secs(2);
+
 /// Reads the whole body: at most `limit` bytes.
 pub async fn read(request: Request, limit: usize) -> Result<Bytes, ApiError> {
+    let asks_first = request.headers().contains_key(header::EXPECT);
     let body = request.into_body();
-    // What says beforehand that it is too long is not read at all.
-    if body.size_hint().lower() > limit as u64 {
-        return Err(ApiError::body_too_large(limit));
-    }
-    let reading = async {
-        let mut stream = body.into_data_stream();
-        let mut bytes = BytesMut::new();
-        while let Some(part) = stream.next().await {
-            let part = part.map_err(|error| ApiError::unreadable(format!("The request body broke off: {error}.")))?;
-            if bytes.len() + part.len() > limit {
-                return Err(ApiError::body_too_large(limit));
-            }
-            bytes.extend_from_slice(&part);
-        }
-        Ok(bytes.freeze())
+    let says_too_long = body.size_hint().lower() > limit as u64;
+    let mut stream = body.into_data_stream();
+    let read = if says_too_long {
+        Err(ApiError::body_too_large(limit))
+    } else {
+        let reading = tokio::time::timeout(DEADLINE, collect(&mut stream, limit));
+        reading.await.unwrap_or_else(|_| Err(ApiError::body_too_slow(DEADLINE)))
     };
-    tokio::time::timeout(DEADLINE, reading).await.unwrap_or_else(|_| Err(ApiError::body_too_slow(DEADLINE)))
+    // Most clients look at the answer only when they have sent everything: closed on in the middle, they would see
+    // a broken connection and not what is wrong.
+    if read.as_ref().is_err_and(|error| error.status == StatusCode::PAYLOAD_TOO_LARGE) && !asks_first {
+        let _ = tokio::time::timeout(DISCARD_DEADLINE, discard(&mut stream)).await;
+    }
+    read
+}
+
+async fn collect(stream: &mut BodyDataStream, limit: usize) -> Result<Bytes, ApiError> {
+    let mut bytes = BytesMut::new();
+    while let Some(part) = stream.next().await {
+        let part = part.map_err(|error| ApiError::unreadable(format!("The request body broke off: {error}.")))?;
+        if bytes.len() + part.len() > limit {
+            return Err(ApiError::body_too_large(limit));
+        }
+        bytes.extend_from_slice(&part);
+    }
+    Ok(bytes.freeze())
+}
+
+async fn discard(stream: &mut BodyDataStream) {
+    let mut left = DISCARDED;
+    while let Some(Ok(part)) = stream.next().await {
+        match left.checked_sub(part.len()) {
+            Some(rest) => left = rest,
+            None => return,
+        }
+    }
 }

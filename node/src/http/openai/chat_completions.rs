@@ -136,13 +136,13 @@ async fn answer(
     let parsed = request::parse(&body, ingress::random_seed())?;
     drop(body);
     context.span.record("principal", &principal);
-    context.span.record("model", &parsed.model);
     if let Some(user) = &parsed.user {
         context.span.record("user", user);
     }
     if !app.is_accepting() {
         return Err(ApiError::unavailable("draining", "This node is shutting down.", None));
     }
+    let wanted = parsed.model.clone();
     let request = ChatRequest {
         request_id: context.request_id,
         trace: context.trace,
@@ -155,8 +155,10 @@ async fn answer(
         extra: parsed.extra,
     };
     // On the heap: the future of a whole request through the cluster is large.
-    let mut reply = Box::pin(app.node.chat(request)).await?;
-    context.span.record("model", &reply.model);
+    let begun = Box::pin(app.node.chat(request)).await;
+    // The full name where there is one, once: a field recorded twice stands there twice.
+    context.span.record("model", begun.as_ref().map_or(&wanted, |reply| &reply.model));
+    let mut reply = begun?;
     let head = Head {
         id: format!("chatcmpl-{}", context.request_id),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),

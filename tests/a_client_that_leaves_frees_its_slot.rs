@@ -1,0 +1,33 @@
+//! Whoever does not wait for the end of an answer ends it, however far away it is computed.
+
+use crate::harness::*;
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_slot() {
+    let (mut tower, mut mini) = (Machine::new("tower").model("echo"), Machine::new("mini"));
+    tower.up().await;
+    mini.join(&tower).await;
+    mini.up().await;
+    mini.until("tower's model is ready", |status| status.model("tower")["state"] == "ready").await;
+
+    for machine in [&tower, &mini] {
+        // In the middle of a stream.
+        let stream = machine.stream(&echo(LONG)).await.begun().await;
+        tower.until_running(1).await;
+        drop(stream);
+        tower.until_running(0).await;
+
+        // While the whole answer is awaited, and while the prompt is still being read.
+        for text in [LONG, &format!("prefill 1500ms {LONG}")] {
+            let request = echo(text);
+            tokio::select! {
+                answer = machine.ask(&request) => panic!("it answers too early: {answer:?}"),
+                () = tower.until_running(1) => {}
+            }
+            tower.until_running(0).await;
+        }
+    }
+    mini.until("the gateway sees it, too", |status| status.running("tower") == 0).await;
+    let status = tower.status().await;
+    assert_eq!(status.latency("tower")["finished"], 0, "none of them came to its end");
+}

@@ -1,0 +1,54 @@
+//! Machines, as the tests see them: real processes of the real binary, each with a state directory of its own.
+//!
+//! Every wait has a deadline and says what it waited for. What a machine logged is shown where its test fails.
+//! Processes are looked up in `/proc`, so these tests need Linux.
+
+mod http;
+mod machine;
+mod process;
+mod quic;
+mod status;
+
+use std::time::Duration;
+
+pub use http::client;
+pub use machine::Machine;
+pub use process::{Ran, finish, is_alive, kill, listening_ports, run};
+pub use quic::{Certificate, QuicClient, tls};
+pub use status::Status;
+
+pub use rustix::process::Signal;
+pub use serde_json::{Value, json};
+
+/// How long anything may take that should come by itself. Generous: the machine may be busy building.
+pub const DEADLINE: Duration = Duration::from_secs(40);
+/// How long a model file may take to arrive.
+pub const FETCH_DEADLINE: Duration = Duration::from_secs(400);
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// An answer of several minutes from an echo engine.
+pub const LONG: &str = "repeat 1300 every 50ms: hello ";
+
+/// A request to the echo engine.
+pub fn echo(text: &str) -> Value {
+    json!({"model": "echo", "messages": [{"role": "user", "content": text}]})
+}
+
+/// Asks again and again until there is a value.
+pub async fn until<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    until_or(DEADLINE, &mut ask).await.unwrap_or_else(|| panic!("waited {DEADLINE:?} in vain: {what}"))
+}
+
+/// `None` where there is no value in time.
+async fn until_or<T>(limit: Duration, ask: &mut impl AsyncFnMut() -> Option<T>) -> Option<T> {
+    let end = tokio::time::Instant::now() + limit;
+    loop {
+        if let Some(value) = ask().await {
+            return Some(value);
+        }
+        if tokio::time::Instant::now() >= end {
+            return None;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
