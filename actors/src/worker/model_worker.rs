@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::child_engine::{self, ChildEngine};
 use super::{Worker, Workers, refused};
 use crate::models::{ModelStore, default_model};
-use crate::node::ModelChoice;
+use crate::node::{DeviceKind, ModelChoice};
 use crate::supervisor::RestartBudget;
 
 /// What an echo engine is called.
@@ -29,6 +29,8 @@ const RESTART_PAUSE: Duration = Duration::from_millis(200);
 pub struct WorkerOptions {
     /// The model.
     pub choice: ModelChoice,
+    /// What it computes on.
+    pub device: DeviceKind,
     /// Where model files are kept.
     pub cache: PathBuf,
     /// Where the engine's socket may be; private to this node.
