@@ -120,14 +120,14 @@ impl ModelWorker {
             loop {
                 match self.keep_running(&cancel).await {
                     Trouble::Final(why) => {
-                        tracing::error!(model = self.status().name, why, "the model does not run");
+                        tracing::info!(model = self.status().name, why, "the model does not run");
                         self.set_problem(Some(why.clone()));
                         self.set_state(ModelState::Failed { why });
                         // Nothing more to do; what failed for good is not started again by a supervisor either.
                         std::future::pending::<()>().await;
                     }
                     Trouble::Fetching(why) => {
-                        tracing::warn!(why, "the model is not here");
+                        tracing::info!(why, "the model is not here");
                         self.set_problem(Some(why.clone()));
                         self.set_state(ModelState::Failed { why });
                         tokio::time::sleep(FETCH_PAUSE).await;

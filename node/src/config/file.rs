@@ -6,7 +6,7 @@ use std::time::Duration;
 use ingle_actors::node::DeviceKind;
 use serde::Deserialize;
 
-use crate::logging::LogFormat;
+use crate::logging::{DEFAULT_FILTER, LogFormat};
 
 /// `ingle.toml`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -130,6 +130,6 @@ pub struct LogPart {
 
 impl Default for LogPart {
     fn default() -> Self {
-        Self { filter: "warn".into(), format: LogFormat::Text }
+        Self { filter: DEFAULT_FILTER.into(), format: LogFormat::Text }
     }
 }
