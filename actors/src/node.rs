@@ -33,6 +33,40 @@ pub enum ModelChoice {
     Echo,
 }
 
+/// What an engine computes on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// A GPU where this build can use one and finds one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU, software ones included; the model fails without one.
+    Gpu,
+}
+
+impl DeviceKind {
+    /// The name in settings and on the engine's command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Cpu => "cpu",
+            Self::Gpu => "gpu",
+        }
+    }
+}
+
+impl std::str::FromStr for DeviceKind {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Auto, Self::Cpu, Self::Gpu]
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
+            .ok_or_else(|| format!("there is no device `{text}`: write auto, cpu or gpu"))
+    }
+}
+
 /// What a node needs to know to start.
 #[derive(Debug, Clone)]
 pub struct NodeOptions {
@@ -50,6 +84,8 @@ pub struct NodeOptions {
     pub peers: Vec<String>,
     /// The model to run; `None` for none.
     pub model: Option<ModelChoice>,
+    /// What the model computes on.
+    pub device: DeviceKind,
     /// Where model files are kept; shared by all nodes of the machine.
     pub model_cache: PathBuf,
     /// Environment variables for the engine processes (how they log).
@@ -177,7 +213,8 @@ impl Node {
             let sockets = options.state_dir.join("run");
             let cache = options.model_cache.clone();
             let environment = options.engine_environment.clone();
-            let worker_options = WorkerOptions { choice, cache, sockets, index: 0, slots: SLOTS, environment };
+            let worker_options =
+                WorkerOptions { choice, device: options.device, cache, sockets, index: 0, slots: SLOTS, environment };
             let worker = ModelWorker::new(worker_options, workers.clone());
             workers.add(worker.clone());
             worker

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
+use ingle_actors::node::DeviceKind;
 
 use crate::config::Layer;
 use crate::logging::LogFormat;
@@ -92,6 +93,10 @@ pub struct Up {
     /// Run no model here; forward to the other nodes (the same as --model none)
     #[arg(long)]
     pub no_model: bool,
+    /// What the model computes on: `auto`, `cpu` or `gpu` (a GPU needs a build with `--features gpu`) [env:
+    /// INGLE_DEVICE] [default: auto]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceKind>,
     /// Neither look for nodes on the local network nor be found there [env: INGLE_MDNS=false]
     #[arg(long)]
     pub no_mdns: bool,
@@ -170,7 +175,7 @@ pub struct Engine {
     pub slots: u32,
     /// auto, cpu or gpu
     #[arg(long, default_value = "auto")]
-    pub device: String,
+    pub device: DeviceKind,
 }
 
 impl Cli {
@@ -193,6 +198,7 @@ impl Cli {
                 layer.quic = up.quic.clone();
                 layer.name = up.name.clone();
                 layer.model = if up.no_model { Some("none".into()) } else { up.model.clone() };
+                layer.device = up.device;
                 layer.mdns = up.no_mdns.then_some(false);
                 layer.drain_limit = up.drain_limit.clone();
             }

@@ -6,6 +6,9 @@ use tracing_subscriber::EnvFilter;
 
 use crate::exit::UsageError;
 
+/// What people see who ask for nothing. The actor library warns of every connection that ends; we say what follows.
+pub const DEFAULT_FILTER: &str = "warn,ractor=error,ractor_cluster=error";
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

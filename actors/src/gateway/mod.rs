@@ -15,6 +15,11 @@ pub use router::Gateway;
 /// The model name that always means the default one.
 pub const DEFAULT_MODEL: &str = "default";
 
+/// Used where a request does not say: the raw distribution (1.0, 1.0) derails small models within a sentence.
+pub const DEFAULT_TEMPERATURE: f32 = 0.6;
+/// See [`DEFAULT_TEMPERATURE`].
+pub const DEFAULT_TOP_P: f32 = 0.9;
+
 /// One chat request as the dialects hand it over.
 #[derive(Debug, Clone)]
 pub struct ChatRequest {

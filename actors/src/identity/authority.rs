@@ -21,10 +21,15 @@ const BACKDATED: Duration = Duration::from_secs(3600);
 const AUTHORITY_LIFETIME: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
 
 /// The authority's certificate with its key.
-#[derive(Debug)]
 pub struct Authority {
     certificate: CertificateDer<'static>,
     key: KeyPair,
+}
+
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Authority({}, key)", Self::cluster_id(&self.certificate))
+    }
 }
 
 impl Authority {

@@ -58,7 +58,6 @@ struct File {
 }
 
 /// A node's certificate and key, and the authority that it trusts.
-#[derive(Debug)]
 pub struct Identity {
     /// The node and what it may do.
     pub names: CertifiedName,
@@ -74,6 +73,13 @@ pub struct Identity {
     pub name: String,
     key_pkcs8: Vec<u8>,
     signed_at: OffsetDateTime,
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Keys have no business in logs.
+        f.debug_struct("Identity").field("names", &self.names).field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 impl Identity {

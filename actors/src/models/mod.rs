@@ -4,7 +4,6 @@
 //! missing it fetches from the model's [sources](source), in order, and lets nothing in that has another hash.
 
 mod catalog;
-mod child_group;
 mod client;
 mod fetch;
 mod hash;

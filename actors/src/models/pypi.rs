@@ -15,11 +15,10 @@ use futures_util::future::BoxFuture;
 use tokio::process::Command;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
-use super::child_group::ChildGroup;
 use super::hash::blocking;
 use super::source::{Body, Job, RemoteFile, Source, SourceError, SourceSettings};
 use super::wheel::{member_bytes, member_size};
-use crate::platform::available_disk_space;
+use crate::platform::{ChildGroup, available_disk_space};
 
 /// Files of unknown size may be as large as this.
 const LARGEST: u64 = 64 << 30;

@@ -1,10 +1,12 @@
 //! All that differs between operating systems: local sockets, file permissions and locks.
 //! Linux and macOS are supported; another system needs a second version of this module only.
 
+mod child_group;
 mod files;
 mod local_socket;
 mod machine;
 
+pub use child_group::ChildGroup;
 pub use files::{FileLock, LockError, create_private_dir, read_optional, write_atomically, write_private};
 pub use local_socket::{LocalListener, LocalStream, connect};
 pub use machine::{available_disk_space, hardware};

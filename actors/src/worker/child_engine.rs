@@ -38,6 +38,7 @@ impl ChildEngine {
             command.arg("--model").arg(model);
         }
         command.args(["--digest", &digest.to_string(), "--slots", &options.slots.to_string()]);
+        command.args(["--device", options.device.as_str()]);
         command.envs(options.environment.iter().map(|(name, value)| (name, value)));
         // Ctrl-C in a terminal goes to the whole group: the node decides when its engines end.
         command.process_group(0);

@@ -23,6 +23,7 @@ use tracing::Instrument;
 
 use super::ANSWER_BUFFER;
 use crate::frames::{read_body, write_body, write_frame};
+use crate::node::DeviceKind;
 use crate::platform::{LocalListener, LocalStream};
 
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
@@ -38,8 +39,8 @@ pub struct EngineProcessOptions {
     pub digest: String,
     /// Sequences to decode together.
     pub slots: u32,
-    /// `auto`, `cpu` or `gpu`.
-    pub device: String,
+    /// What it computes on.
+    pub device: DeviceKind,
 }
 
 /// Runs until the control pipe ends.
@@ -71,11 +72,10 @@ async fn serve(options: EngineProcessOptions) -> Result<(), String> {
     let source = options.model.map_or(ModelSource::Echo, ModelSource::Gguf);
     let mut spec = EngineSpec::new(source, digest);
     spec.slots = options.slots.max(1);
-    spec.device = match options.device.as_str() {
-        "auto" => DeviceChoice::Auto,
-        "cpu" => DeviceChoice::Cpu,
-        "gpu" => DeviceChoice::Gpu,
-        other => return Err(format!("no device named {other:?}: auto, cpu or gpu")),
+    spec.device = match options.device {
+        DeviceKind::Auto => DeviceChoice::Auto,
+        DeviceKind::Cpu => DeviceChoice::Cpu,
+        DeviceKind::Gpu => DeviceChoice::Gpu,
     };
     let listener = LocalListener::bind(&options.socket)
         .map_err(|error| format!("the socket {}: {error}", options.socket.display()))?;

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::child_engine::{self, ChildEngine};
 use super::{Worker, Workers, refused};
 use crate::models::{ModelStore, default_model};
-use crate::node::ModelChoice;
+use crate::node::{DeviceKind, ModelChoice};
 use crate::supervisor::RestartBudget;
 
 /// What an echo engine is called.
@@ -29,6 +29,8 @@ const RESTART_PAUSE: Duration = Duration::from_millis(200);
 pub struct WorkerOptions {
     /// The model.
     pub choice: ModelChoice,
+    /// What it computes on.
+    pub device: DeviceKind,
     /// Where model files are kept.
     pub cache: PathBuf,
     /// Where the engine's socket may be; private to this node.
@@ -118,14 +120,14 @@ impl ModelWorker {
             loop {
                 match self.keep_running(&cancel).await {
                     Trouble::Final(why) => {
-                        tracing::error!(model = self.status().name, why, "the model does not run");
+                        tracing::info!(model = self.status().name, why, "the model does not run");
                         self.set_problem(Some(why.clone()));
                         self.set_state(ModelState::Failed { why });
                         // Nothing more to do; what failed for good is not started again by a supervisor either.
                         std::future::pending::<()>().await;
                     }
                     Trouble::Fetching(why) => {
-                        tracing::warn!(why, "the model is not here");
+                        tracing::info!(why, "the model is not here");
                         self.set_problem(Some(why.clone()));
                         self.set_state(ModelState::Failed { why });
                         tokio::time::sleep(FETCH_PAUSE).await;

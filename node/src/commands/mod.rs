@@ -16,7 +16,7 @@ use ingle_actors::worker::engine_process::{self, EngineProcessOptions};
 use crate::cli::{Cli, Command, Engine};
 use crate::config::{Layer, Settings};
 use crate::control::ControlError;
-use crate::logging::{self, LogFormat, LogSettings};
+use crate::logging::{self, DEFAULT_FILTER, LogFormat, LogSettings};
 
 /// How long the runtime may take to end what is left of it.
 const RUNTIME_END: Duration = Duration::from_secs(1);
@@ -44,7 +44,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 /// The engine has a loop of its own and no use for settings of a node.
 fn run_engine(engine: Engine, environment: Layer) -> anyhow::Result<ExitCode> {
     logging::start(&LogSettings {
-        filter: environment.log_filter.unwrap_or_else(|| "warn".into()),
+        filter: environment.log_filter.unwrap_or_else(|| DEFAULT_FILTER.into()),
         format: environment.log_format.unwrap_or(LogFormat::Text),
     })?;
     let Engine { socket, model, digest, slots, device } = engine;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ingle_actors::monitor::{ClusterStatus, LatencySummary, NodeStatus};
+use ingle_actors::monitor::{ClusterStatus, LatencySummary, ModelStatus, NodeStatus};
 
 use super::{explain, unexpected};
 use crate::cli::Status;
@@ -43,6 +43,11 @@ fn render(status: &ClusterStatus) -> String {
     for node in status.nodes.iter().filter(|node| !node.health.why().is_empty()) {
         text += &format!("\n{} is {}: {}\n", node.name, node.health.word(), node.health.why());
     }
+    for node in &status.nodes {
+        for (model, why) in node.models.iter().filter_map(|model| Some((model, failure(model)?))) {
+            text += &format!("\n{} on {} has failed: {why}\n", model.name, node.name);
+        }
+    }
     if !status.latencies.is_empty() {
         let head = ["ANSWERED BY", "MODEL", "DONE", "FAILED", "QUEUE", "PREFILL", "FIRST", "GAP", "TOTAL"];
         let mut rows = vec![head.map(str::to_owned).to_vec()];
@@ -62,15 +67,24 @@ fn node_rows(node: &NodeStatus, is_this: bool) -> Vec<Vec<String>> {
     if node.models.is_empty() {
         return vec![about.into_iter().chain([dash(), dash(), dash(), dash(), dash()]).collect()];
     }
-    let row = |(index, model): (usize, &ingle_actors::monitor::ModelStatus)| {
+    let row = |(index, model): (usize, &ModelStatus)| {
         let about = if index == 0 { about.to_vec() } else { vec![String::new(); about.len()] };
         // Adding zero makes -0.0 plain.
         let speed = format!("{:.1}", model.tokens_per_second + 0.0);
         let does =
-            [model.name.clone(), model.state.clone(), model.running.to_string(), model.waiting.to_string(), speed];
+            [model.name.clone(), in_short(model), model.running.to_string(), model.waiting.to_string(), speed];
         about.into_iter().chain(does).collect()
     };
     node.models.iter().enumerate().map(row).collect()
+}
+
+/// Why a model failed, in full: too long for a table.
+fn failure(model: &ModelStatus) -> Option<&str> {
+    model.state.strip_prefix("failed (")?.strip_suffix(')')
+}
+
+fn in_short(model: &ModelStatus) -> String {
+    if failure(model).is_some() { "failed".into() } else { model.state.clone() }
 }
 
 fn heard(age_ms: Option<u64>) -> String {
@@ -116,7 +130,6 @@ fn table(rows: &[Vec<String>], numbers: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ingle_actors::monitor::ModelStatus;
     use ingle_actors::protocol::NodeId;
     use ingle_actors::protocol::liveness::Health;
 
@@ -154,6 +167,7 @@ mod tests {
             model: "smollm2".into(),
             finished: 12,
             failed: 1,
+            cancelled: 2,
             queue_ms: [0.2, 1.6],
             prefill_ms: [80.0, 120.0],
             first_token_ms: [95.0, 140.0],

@@ -93,6 +93,7 @@ fn node_options(settings: &Settings, http: SocketAddr, quic: SocketAddr) -> Node
         mdns: settings.mdns,
         peers: settings.peers.clone(),
         model: settings.model.clone(),
+        device: settings.device,
         model_cache: settings.model_cache.clone(),
         engine_environment: settings.log.environment(),
     }

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ingle_actors::node::DeviceKind;
 use serde::Deserialize;
 
-use crate::logging::LogFormat;
+use crate::logging::{DEFAULT_FILTER, LogFormat};
 
 /// `ingle.toml`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -105,13 +106,15 @@ pub struct ModelPart {
     /// `default`, `none` or a path to a GGUF file.
     #[serde(rename = "use")]
     pub choice: String,
+    /// What it computes on.
+    pub device: DeviceKind,
     /// Where model files are kept; `ingle/models` in the user's cache folder where missing.
     pub cache: Option<PathBuf>,
 }
 
 impl Default for ModelPart {
     fn default() -> Self {
-        Self { choice: "default".into(), cache: None }
+        Self { choice: "default".into(), device: DeviceKind::Auto, cache: None }
     }
 }
 
@@ -127,6 +130,6 @@ pub struct LogPart {
 
 impl Default for LogPart {
     fn default() -> Self {
-        Self { filter: "warn".into(), format: LogFormat::Text }
+        Self { filter: DEFAULT_FILTER.into(), format: LogFormat::Text }
     }
 }

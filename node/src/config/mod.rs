@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use etcetera::BaseStrategy;
-use ingle_actors::node::ModelChoice;
+use ingle_actors::node::{DeviceKind, ModelChoice};
 
 pub use address::{Listen, is_loopback};
 pub use file::ConfigFile;
@@ -41,6 +41,8 @@ pub struct Layer {
     pub quic: Option<String>,
     /// `default`, `none`, `echo` or a path.
     pub model: Option<String>,
+    /// What the model computes on.
+    pub device: Option<DeviceKind>,
     /// Where model files are kept.
     pub model_cache: Option<PathBuf>,
     /// Discovery on the local network.
@@ -72,7 +74,11 @@ impl Layer {
             LogFormat::from_str(&v, true)
                 .map_err(|_| UsageError(format!("INGLE_LOG_FORMAT is `{v}`: write text or json")))
         });
+        let device = text("INGLE_DEVICE")?
+            .map(|v| v.parse().map_err(|why| UsageError(format!("INGLE_DEVICE: {why}"))))
+            .transpose()?;
         Ok(Self {
+            device,
             state_dir: path("INGLE_STATE_DIR"),
             config: path("INGLE_CONFIG"),
             name: text("INGLE_NAME")?,
@@ -97,6 +103,7 @@ impl Layer {
             http: self.http.or(below.http),
             quic: self.quic.or(below.quic),
             model: self.model.or(below.model),
+            device: self.device.or(below.device),
             model_cache: self.model_cache.or(below.model_cache),
             mdns: self.mdns.or(below.mdns),
             peers: self.peers.or(below.peers),
@@ -120,6 +127,8 @@ pub struct Settings {
     pub quic: Listen,
     /// The model that runs here.
     pub model: Option<ModelChoice>,
+    /// What it computes on.
+    pub device: DeviceKind,
     /// Where model files are kept, absolute.
     pub model_cache: PathBuf,
     /// Discovery on the local network.
@@ -215,6 +224,7 @@ impl Settings {
             http: listen("HTTP", &layer.http.unwrap_or(file.http.listen), "127.0.0.1", 11435)?,
             quic: listen("QUIC", &layer.quic.unwrap_or(file.quic.listen), "::", 11436)?,
             model,
+            device: layer.device.unwrap_or(file.model.device),
             model_cache: absolute(model_cache)?,
             mdns: layer.mdns.unwrap_or(file.cluster.mdns),
             peers: layer.peers.unwrap_or(file.cluster.peers),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use ingle_actors::Node;
-use ingle_actors::gateway::ChatRequest;
+use ingle_actors::gateway::{ChatRequest, DEFAULT_TEMPERATURE, DEFAULT_TOP_P};
 use ingle_actors::node::control_socket_path;
 use ingle_actors::platform::{LocalListener, LocalStream};
 use ingle_actors::protocol::wire::Answer;
@@ -159,8 +159,8 @@ fn chat_request(text: String, model: String, system: Option<String>, deadline: D
         model,
         messages,
         sampling: Sampling {
-            temperature: 1.0,
-            top_p: 1.0,
+            temperature: DEFAULT_TEMPERATURE,
+            top_p: DEFAULT_TOP_P,
             seed: ingress::random_seed(),
             max_tokens: None,
             stop: vec![],

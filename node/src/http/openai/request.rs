@@ -1,6 +1,7 @@
 //! The body of a chat completion request. What we have no field for is neither taken and ignored nor refused here:
 //! it travels to the engine as `extra`, and the engine honours it or refuses it by name.
 
+use ingle_actors::gateway::{DEFAULT_TEMPERATURE, DEFAULT_TOP_P};
 use ingle_actors::protocol::wire::v1::{EXTRA_LIMIT, Message, Role, Sampling};
 use serde_json::{Map, Value, json};
 
@@ -41,8 +42,8 @@ pub fn parse(body: &[u8], random_seed: u64) -> Result<CompletionRequest, ApiErro
     let model = fields.text("model")?.unwrap_or_default();
     let messages = messages(&mut fields)?;
     let sampling = Sampling {
-        temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(1.0) as f32,
-        top_p: fields.number("top_p", 0.0..=1.0)?.unwrap_or(1.0) as f32,
+        temperature: fields.number("temperature", 0.0..=2.0)?.map_or(DEFAULT_TEMPERATURE, |value| value as f32),
+        top_p: fields.number("top_p", 0.0..=1.0)?.map_or(DEFAULT_TOP_P, |value| value as f32),
         seed: seed(&mut fields)?.unwrap_or(random_seed),
         max_tokens: max_tokens(&mut fields)?,
         stop: stop(&mut fields)?,

@@ -18,7 +18,8 @@ fn a_bare_request_gets_the_usual_values() {
     let request = parsed(with(json!({})));
     assert_eq!(request.model, "");
     assert_eq!(request.messages, [Message { role: Role::User, content: "hi".into(), extra: vec![] }]);
-    let sampling = Sampling { temperature: 1.0, top_p: 1.0, seed: 7, max_tokens: None, stop: vec![] };
+    let sampling =
+        Sampling { temperature: DEFAULT_TEMPERATURE, top_p: DEFAULT_TOP_P, seed: 7, max_tokens: None, stop: vec![] };
     assert_eq!(request.sampling, sampling);
     assert!(!request.stream && !request.include_usage && request.extra.is_empty() && request.user.is_none());
 }

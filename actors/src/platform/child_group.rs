@@ -8,20 +8,21 @@ use tokio::process::{Child, Command};
 
 /// A running program with a process group of its own, which is killed when this is dropped.
 #[derive(Debug)]
-pub(super) struct ChildGroup {
+pub struct ChildGroup {
     child: Child,
     group: Option<Pid>,
 }
 
 impl ChildGroup {
-    pub(super) fn spawn(command: &mut Command) -> io::Result<Self> {
+    /// Starts the program in a new group.
+    pub fn spawn(command: &mut Command) -> io::Result<Self> {
         let child = command.process_group(0).kill_on_drop(true).spawn()?;
         let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
         Ok(Self { child, group })
     }
 
     /// Waits for the program's end, then ends what it left behind.
-    pub(super) async fn wait(&mut self) -> io::Result<ExitStatus> {
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         let status = self.child.wait().await;
         self.kill();
         status
