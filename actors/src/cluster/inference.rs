@@ -40,6 +40,7 @@ pub async fn submit_remote(connection: &Connection, request: &Request) -> Result
 
 /// Frames from the stream into the channel. Owned by the reply: it ends when the reply is dropped.
 async fn relay_answers(mut send: SendStream, mut receive: RecvStream, answers: mpsc::Sender<Answer>) {
+    let mut any_token = false;
     loop {
         let read = tokio::select! {
             biased;
@@ -53,15 +54,16 @@ async fn relay_answers(mut send: SendStream, mut receive: RecvStream, answers: m
             Err(_) => {
                 let message = "the worker node went silent in the middle of the answer".to_owned();
                 let kind = FailureKind::WorkerSilent;
-                Ok(Answer::Failed(Failed { kind, message, retryable: false, migratable: true }))
+                Ok(Answer::Failed(Failed { kind, message, retryable: !any_token, migratable: true }))
             }
         };
         let answer = answer.unwrap_or_else(|error| {
             let kind =
                 if matches!(error, FrameError::Wire(_)) { FailureKind::Protocol } else { FailureKind::ConnectionLost };
             let message = format!("the connection to the worker node broke in the middle of the answer ({error})");
-            Answer::Failed(Failed { kind, message, retryable: false, migratable: true })
+            Answer::Failed(Failed { kind, message, retryable: !any_token, migratable: true })
         });
+        any_token |= matches!(answer, Answer::Token(_));
         let last = answer.is_last();
         if answers.send(answer).await.is_err() || last {
             break;
@@ -83,6 +85,8 @@ pub(super) async fn serve(mesh: Arc<Mesh>, mut send: SendStream, mut receive: Re
     let _entered = span.enter();
     tracing::debug!(attempt = request.attempt, principal = request.principal, "request from a member");
     drop(_entered);
+    // Held until the peer has it all: a node that ends waits for that.
+    let _open = mesh.workers.hold();
     let serving = async {
         let mut answers = mesh.workers.submit(request).await;
         loop {
@@ -97,11 +101,16 @@ pub(super) async fn serve(mesh: Arc<Mesh>, mut send: SendStream, mut receive: Re
             let Ok(frame) = answer.to_frame() else { return };
             // A peer that does not read holds this up, which fills the channel, which pauses the sequence.
             let written = tokio::select! {
+                biased;
                 written = write_frame(&mut send, &frame) => written,
                 () = mesh.cancel.cancelled() => return,
             };
-            if written.is_err() || last {
+            if written.is_err() {
+                return;
+            }
+            if last {
                 let _ = send.finish();
+                let _ = timeout(STREAM_DEADLINE, send.stopped()).await;
                 return;
             }
         }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Mesh, authority_stream, inference};
 use crate::frames::{FrameError, read_body, read_frame, write_body};
-use crate::identity::CertifiedName;
+use crate::identity::{CertifiedName, Membership};
 
 /// How long a peer may take to say what a stream is for.
 pub const STREAM_DEADLINE: Duration = Duration::from_secs(5);
@@ -31,6 +31,8 @@ pub struct PeerLink {
     pub incarnation: u64,
     /// The node that opened the connection.
     pub initiator: NodeId,
+    /// What the member may do, by its certificate.
+    pub membership: Membership,
     /// The connection.
     pub connection: Connection,
 }
@@ -157,10 +159,11 @@ async fn receive_facts(mesh: Arc<Mesh>, mut receive: RecvStream, link: PeerLink)
                 if facts.member.node == link.node {
                     mesh.hear_of_all(&facts.members);
                     mesh.roster.update(link.node, facts);
-                    mesh.changed.notify_waiters();
                 }
             }),
-            Goodbye::KIND => frame.decode::<Goodbye>().map(|goodbye| mesh.roster.left(link.node, &goodbye.why)),
+            Goodbye::KIND => frame.decode::<Goodbye>().map(|goodbye| {
+                mesh.roster.left(link.node, link.connection.stable_id(), &goodbye.why);
+            }),
             got => Err(ingle_protocol::wire::WireError::Unexpected { expected: "facts or a goodbye", got }),
         };
         if let Err(error) = accepted {
@@ -194,7 +197,7 @@ async fn accept_pulses(mesh: Arc<Mesh>, link: PeerLink) {
             _ => continue,
         }
         while let Ok(pulse) = read_body::<Pulse, _>(&mut receive).await {
-            mesh.roster.pulse(link.node, pulse);
+            mesh.roster.pulse(link.node, link.connection.stable_id(), pulse);
         }
     }
 }
@@ -224,7 +227,8 @@ async fn accept_streams(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, ca
     }
 }
 
-async fn open_control(mesh: Arc<Mesh>, link: PeerLink) {
+/// Opens the stream of the control plane. Only the side that opened the connection does, or there would be two.
+pub(super) async fn open_control(mesh: Arc<Mesh>, link: PeerLink) {
     match open_stream(&link.connection, StreamKind::Control, STREAM_DEADLINE).await {
         Ok((send, receive)) => mesh.attach_control(&link, send, receive),
         Err(error) => tracing::warn!(peer = %link.node, %error, "no control stream"),
