@@ -236,7 +236,10 @@ impl Gateway {
         if known.is_empty() {
             let near = near(&name, offers.iter().map(|offer| offer.facts.name.as_str()));
             let near = near.into_iter().map(str::to_owned).collect();
-            return Err(Choice::Nobody(GatewayError::UnknownModel { model: name, near }));
+            let mut known: Vec<String> = offers.iter().map(|offer| offer.facts.name.clone()).collect();
+            known.sort_unstable();
+            known.dedup();
+            return Err(Choice::Nobody(GatewayError::UnknownModel { model: name, near, known }));
         }
         // One name can stand for two contents while a model is being replaced: an attempt that follows another
         // stays with the content of the first.
