@@ -114,12 +114,7 @@ async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming) -> Result<Option<Session>
         let _ = send.stopped().await;
         return refuse(&why);
     }
-    let link = PeerLink {
-        node: peer.node,
-        incarnation: facts.incarnation,
-        initiator: peer.node,
-        connection: connection.clone(),
-    };
+    let link = PeerLink::new(peer.node, facts.incarnation, peer.node, connection.clone());
     mesh.hear_of_all(&facts.members);
     if mesh.roster.register(link.clone(), facts) == Registered::Duplicate {
         let _ = write_body(&mut send, &NotWelcome { why: "connected already".into(), duplicate: true }).await;

@@ -182,12 +182,7 @@ async fn greet(mesh: &Arc<Mesh>, target: SocketAddr) -> Result<NodeId, String> {
         connection.close(VarInt::from_u32(1), b"the welcome's node id is not the certificate's");
         return Err("its node id is not its certificate's".into());
     }
-    let link = PeerLink {
-        node: peer.node,
-        incarnation: welcome.facts.incarnation,
-        initiator: mesh.own_id(),
-        connection: connection.clone(),
-    };
+    let link = PeerLink::new(peer.node, welcome.facts.incarnation, mesh.own_id(), connection.clone());
     mesh.hear_of_all(&welcome.facts.members);
     if mesh.roster.register(link.clone(), welcome.facts) == Registered::Duplicate {
         connection.close(VarInt::from_u32(0), b"connected already");

@@ -8,7 +8,7 @@ use ingle_protocol::liveness::{Health, PeerWatch};
 use ingle_protocol::wire::v1::{EnginePulse, MemberHint, NodeFacts, Pulse};
 use ingle_protocol::{EngineId, NodeId};
 
-use super::link::PeerLink;
+use super::link::{PeerLink, REPLACED};
 
 /// The most members that are remembered; a household has a handful.
 pub const MOST_MEMBERS: usize = 256;
@@ -106,6 +106,7 @@ impl Roster {
     /// moment both keep the connection that the smaller id opened.
     pub fn register(&self, link: PeerLink, facts: NodeFacts) -> Registered {
         let now = self.now();
+        let incarnation = link.incarnation;
         let mut members = self.lock();
         // A machine that was set up anew has a new id under its old name: the old one does not come back.
         members.retain(|id, member| *id == link.node || member.link.is_some() || member.name != facts.member.name);
@@ -119,7 +120,8 @@ impl Roster {
             return Registered::Duplicate;
         }
         if let Some(replaced) = member.link.replace(link) {
-            replaced.close("replaced by another connection");
+            // That of an earlier run is dead, whatever it seems; on one of this run answers may be under way.
+            if replaced.incarnation == incarnation { replaced.retire() } else { replaced.close(REPLACED) }
         }
         member.watch.connected(now);
         member.engines.clear();
