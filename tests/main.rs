@@ -13,6 +13,7 @@ mod a_killed_worker_node_is_reported_and_comes_back_by_itself;
 mod a_machine_without_a_model_answers_with_the_others;
 mod a_node_that_ends_lets_answers_finish;
 mod a_running_node_joins_and_keeps_its_model;
+mod a_second_connection_disturbs_no_answer;
 mod a_slow_reader_holds_up_nobody_else;
 mod a_wrong_token_lets_nobody_in;
 mod an_engine_ends_with_its_node;

@@ -71,8 +71,7 @@ fn node_rows(node: &NodeStatus, is_this: bool) -> Vec<Vec<String>> {
         let about = if index == 0 { about.to_vec() } else { vec![String::new(); about.len()] };
         // Adding zero makes -0.0 plain.
         let speed = format!("{:.1}", model.tokens_per_second + 0.0);
-        let does =
-            [model.name.clone(), in_short(model), model.running.to_string(), model.waiting.to_string(), speed];
+        let does = [model.name.clone(), in_short(model), model.running.to_string(), model.waiting.to_string(), speed];
         about.into_iter().chain(does).collect()
     };
     node.models.iter().enumerate().map(row).collect()
