@@ -21,6 +21,19 @@ pub enum FrameError {
 
 /// The next frame; `None` where the stream ends cleanly before one. Unknown skippable frames are skipped.
 pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Option<Frame>, FrameError> {
+    next_frame(reader, None).await
+}
+
+/// The next frame, which must be a `T`; another kind is refused before its body is read.
+pub async fn read_body<T: Body, R: AsyncRead + Unpin>(reader: &mut R) -> Result<T, FrameError> {
+    let frame = next_frame(reader, Some((T::KIND, T::NAME))).await?.ok_or(FrameError::Ended)?;
+    Ok(frame.decode()?)
+}
+
+async fn next_frame<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    due: Option<(u8, &'static str)>,
+) -> Result<Option<Frame>, FrameError> {
     loop {
         let mut head = [0; HEAD_LEN];
         // The first byte apart from the rest: an end before it is an end, an end behind it is a cut frame.
@@ -29,19 +42,18 @@ pub async fn read_frame<R: AsyncRead + Unpin>(reader: &mut R) -> Result<Option<F
         }
         reader.read_exact(&mut head[1..]).await?;
         let head = Head::parse(head)?;
+        match due {
+            Some((kind, expected)) if head.kind != kind && !head.is_skippable_unknown() => {
+                return Err(WireError::Unexpected { expected, got: head.kind }.into());
+            }
+            _ => {}
+        }
         let mut body = vec![0; head.length as usize];
         reader.read_exact(&mut body).await?;
-        let frame = Frame { kind: head.kind, body: body.into() };
-        if !frame.is_skippable_unknown() {
-            return Ok(Some(frame));
+        if !head.is_skippable_unknown() {
+            return Ok(Some(Frame { kind: head.kind, body: body.into() }));
         }
     }
-}
-
-/// The next frame, which must be a `T`.
-pub async fn read_body<T: Body, R: AsyncRead + Unpin>(reader: &mut R) -> Result<T, FrameError> {
-    let frame = read_frame(reader).await?.ok_or(FrameError::Ended)?;
-    Ok(frame.decode()?)
 }
 
 /// Writes one frame.

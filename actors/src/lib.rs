@@ -4,14 +4,15 @@
 //!
 //! ```text
 //!  NodeSupervisor                     restarts a child that dies, at most 3 times in 60 s, then says so in `status`
-//!  ├── ClusterActor                   owns the QUIC socket and everything that hangs on this node's identity;
-//!  │   ├─ accept, dial, discovery     plain async tasks behind a cancellation token (a new identity restarts them)
+//!  ├── ServiceActor "cluster"         owns a Mesh: everything that hangs on this node's identity
+//!  │   ├─ accept, dial, renew …       plain async tasks behind a cancellation token; one that breaks breaks the mesh,
+//!  │   │                              which is started anew (as it is when the node joins another cluster)
 //!  │   ├─ a link for each peer        membership · control · pulse · inference streams on one connection
 //!  │   └── NodeServer (ractor_cluster)  sessions over our QUIC streams
-//!  │       └── ControlActor           one per node, known to all peers: facts and commands
-//!  ├── WorkerActor (one per model)    model file → engine process → restart budget of its own
+//!  │       └── ControlActor           one per node, known to all peers: commands and signs of life
+//!  ├── ServiceActor "model"           model file → engine process → restart budget of its own
 //!  │   └─ engine process              `ingle engine`, its own process: dies alone
-//!  └── MonitorActor                   pulses out, latencies in
+//!  └── ServiceActor "monitor"         what the workers are, told to the mesh
 //! ```
 //!
 //! Nothing that happens once per request is an actor message: requests are local tasks and QUIC streams of

@@ -243,7 +243,7 @@ impl Node {
                 None => "the cluster part of the node did not start in time; see the log (INGLE_LOG=info)".into(),
             }));
         }
-        let gateway = Gateway::new(mesh.clone(), workers.clone());
+        let gateway = Gateway::new(&options.name, mesh.clone(), workers.clone());
         Ok(Self {
             options,
             mesh,
@@ -303,11 +303,11 @@ impl Node {
     /// Makes this node a member of another cluster; its cluster part starts anew, its model stays loaded.
     pub async fn join(&self, options: JoinOptions) -> Result<Joined, JoinError> {
         let _one_at_a_time = self.joining.lock().await;
-        let others: Vec<String> = match self.mesh.load_full() {
-            Some(mesh) => mesh.roster.lock().values().map(|member| member.name.clone()).collect(),
-            None => Vec::new(),
-        };
-        let joined = join_cluster(&self.options.state_dir, &self.options.name, &options, others).await?;
+        let mesh = self.mesh.load_full().ok_or_else(|| JoinError("this node is changing its cluster".into()))?;
+        mesh.freeze(true);
+        let joined = join_cluster(&self.options.state_dir, &self.options.name, &options, mesh.company()).await;
+        // What was stored stands; where nothing was, the mesh goes on as before.
+        let joined = joined.inspect_err(|_| mesh.freeze(false))?;
         let mut started = self.started.clone();
         started.mark_unchanged();
         self.rejoin.notify_one();
@@ -379,14 +379,15 @@ fn cluster_service(
                 // What changed while there was no mesh has been told to nobody.
                 workers.note_change();
                 starts.send_modify(|starts| *starts += 1);
-                let stopped = tokio::select! {
-                    () = cancel.cancelled() => true,
-                    () = rejoin.notified() => false,
+                let (why, result) = tokio::select! {
+                    () = cancel.cancelled() => ("it was shut down", Some(Ok(()))),
+                    () = rejoin.notified() => ("it joined another cluster", None),
+                    why = mesh.broken() => ("its cluster part broke", Some(Err(why))),
                 };
                 current.store(None);
-                mesh.stop(if stopped { "it was shut down" } else { "it joined another cluster" }).await;
-                if stopped {
-                    return Ok(());
+                mesh.stop(why).await;
+                if let Some(result) = result {
+                    return result;
                 }
             }
         }
@@ -539,7 +540,10 @@ fn mint(
 /// [`Node::join`] for a state directory in which no node runs. `name` is the name that the node would like.
 pub async fn join_offline(state_dir: &Path, name: &str, options: JoinOptions) -> Result<Joined, JoinError> {
     let _lock = open_state_dir(state_dir).map_err(|error| JoinError(error.to_string()))?;
-    let others = cluster::remembered_names(state_dir);
+    let others = match Identity::load(state_dir) {
+        Ok(Some(identity)) => cluster::remembered_names(state_dir, identity.cluster),
+        _ => Vec::new(),
+    };
     join_cluster(state_dir, name, &options, others).await
 }
 

@@ -123,6 +123,8 @@ impl Problems {
     }
 }
 
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+
 /// The root of the tree.
 struct NodeSupervisor {
     cancel: CancellationToken,
@@ -149,7 +151,13 @@ impl NodeSupervisor {
         }
         let name = service.name;
         tracing::error!(service = name, why, "a part of the node failed");
-        if state.budgets.entry(name).or_default().try_restart(Instant::now()) {
+        let budget = state.budgets.entry(name).or_default();
+        if budget.try_restart(Instant::now()) {
+            // What broke it may pass: each try waits twice as long.
+            let pause = RESTART_PAUSE * (1 << budget.restarts.len().min(5));
+            if self.cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+                return;
+            }
             if let Err(error) = self.start(service, myself, state).await {
                 self.problems.set(name, format!("{name} does not start again: {error}"));
             }

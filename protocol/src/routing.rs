@@ -46,7 +46,7 @@ pub fn predicted_time(candidate: &Candidate, demand: Demand) -> Duration {
     let or = |measured: f32, assumed: f32| f64::from(if measured > 0.0 { measured } else { assumed });
     let own = f64::from(demand.prompt_tokens) / or(candidate.prefill_rate, UNMEASURED_PREFILL)
         + f64::from(demand.output_tokens) / or(candidate.decode_rate, UNMEASURED_DECODE);
-    let ahead = (candidate.running + candidate.waiting).max(candidate.in_flight);
+    let ahead = candidate.running.saturating_add(candidate.waiting).max(candidate.in_flight);
     let rounds = f64::from(ahead) / f64::from(candidate.slots.max(1));
     Duration::try_from_secs_f64(own * (1.0 + rounds)).unwrap_or(Duration::MAX)
 }
@@ -68,7 +68,7 @@ pub fn pick(candidates: &[Candidate], excluded: &[NodeId], demand: Demand, rando
     let second = near[((random >> 32) % count) as usize];
     let load = |index: usize| {
         let c = &candidates[index];
-        ((c.running + c.waiting).max(c.in_flight), !c.local)
+        (c.running.saturating_add(c.waiting).max(c.in_flight), !c.local)
     };
     Some(if load(second.0) < load(first.0) { second.0 } else { first.0 })
 }

@@ -25,15 +25,16 @@ const MOST_HANDSHAKES: usize = 32;
 /// Accepts until the mesh ends.
 pub async fn run(mesh: Arc<Mesh>) {
     let handshakes = Arc::new(Semaphore::new(MOST_HANDSHAKES));
+    let joiners = Arc::new(Semaphore::new(MOST_JOINERS));
     while let Some(incoming) = mesh.endpoint.accept().await {
         let Ok(permit) = handshakes.clone().try_acquire_owned() else {
             incoming.refuse();
             continue;
         };
-        let mesh = mesh.clone();
+        let (mesh, joiners) = (mesh.clone(), joiners.clone());
         mesh.tasks.clone().spawn(async move {
             let address = plain(incoming.remote_address());
-            match timeout(GREETING_DEADLINE, welcome(&mesh, incoming)).await {
+            match timeout(GREETING_DEADLINE, welcome(&mesh, incoming, &joiners)).await {
                 Ok(Ok(Some(session))) => {
                     drop(permit);
                     session.run(mesh).await;
@@ -46,6 +47,9 @@ pub async fn run(mesh: Arc<Mesh>) {
     }
 }
 
+/// Machines that join at a time. Anybody can knock there, so they have few places, which members do not need.
+const MOST_JOINERS: usize = 8;
+
 /// A connection that is through with its greeting.
 pub(super) struct Session {
     pub link: PeerLink,
@@ -55,7 +59,6 @@ pub(super) struct Session {
 
 impl Session {
     pub async fn run(self, mesh: Arc<Mesh>) {
-        mesh.changed.notify_waiters();
         mesh.remember();
         link::run(mesh, self.link, self.peer, self.membership).await;
     }
@@ -67,7 +70,7 @@ pub(super) fn certified_peer(connection: &Connection) -> Option<CertifiedName> {
     read_names(certificates.first()?)
 }
 
-async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming) -> Result<Option<Session>, String> {
+async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming, joiners: &Arc<Semaphore>) -> Result<Option<Session>, String> {
     let connection = incoming.await.map_err(|error| error.to_string())?;
     let refuse = |why: &str| {
         connection.close(VarInt::from_u32(1), why.as_bytes());
@@ -77,7 +80,12 @@ async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming) -> Result<Option<Session>
         connection.handshake_data().and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok());
     let alpn = handshake.and_then(|data| data.protocol);
     if alpn.as_deref() == Some(JOIN_ALPN) {
-        join::serve(mesh, connection).await;
+        let Ok(place) = joiners.clone().try_acquire_owned() else { return refuse("too many machines want to join") };
+        let mesh = mesh.clone();
+        mesh.tasks.clone().spawn(async move {
+            join::serve(&mesh, connection).await;
+            drop(place);
+        });
         return Ok(None);
     }
     // TLS lets machines without a certificate pass because of joiners; here they end, before a byte is read.
@@ -105,6 +113,8 @@ async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming) -> Result<Option<Session>
         Some("the greeting's node id is not the certificate's".to_owned())
     } else if peer.node == mesh.own_id() {
         Some("this is the node itself".to_owned())
+    } else if !join::is_valid_name(&facts.member.name) {
+        Some("that is no name for a node".to_owned())
     } else {
         mesh.name_conflict(&facts.member.name, peer.node)
     };
@@ -114,7 +124,13 @@ async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming) -> Result<Option<Session>
         let _ = send.stopped().await;
         return refuse(&why);
     }
-    let link = PeerLink::new(peer.node, facts.incarnation, peer.node, connection.clone());
+    let link = PeerLink {
+        node: peer.node,
+        incarnation: facts.incarnation,
+        initiator: peer.node,
+        membership: peer.membership,
+        connection: connection.clone(),
+    };
     mesh.hear_of_all(&facts.members);
     if mesh.roster.register(link.clone(), facts) == Registered::Duplicate {
         let _ = write_body(&mut send, &NotWelcome { why: "connected already".into(), duplicate: true }).await;

@@ -78,15 +78,17 @@ pub async fn renewed(mesh: &Mesh, identity: &Identity, now: OffsetDateTime) -> R
         return identity.with_certificate(certificate, now).map_err(|error| error.to_string());
     }
     let links: Vec<_> = mesh.roster.lock().values().filter_map(|member| member.link.clone()).collect();
-    for link in links {
+    for link in links.into_iter().filter(|link| link.membership == Membership::Full) {
         let asking = async {
             let (mut send, mut receive) = open_stream(&link.connection, StreamKind::Authority, STREAM_DEADLINE).await?;
             write_body(&mut send, &RenewalRequest { csr: csr.clone() }).await?;
             read_body::<Renewed, _>(&mut receive).await
         };
         if let Ok(Ok(renewed)) = timeout(Duration::from_secs(5), asking).await {
-            let certificate = CertificateDer::from(renewed.certificate);
-            return identity.with_certificate(certificate, now).map_err(|error| error.to_string());
+            match identity.with_certificate(CertificateDer::from(renewed.certificate), now) {
+                Ok(fresh) => return Ok(fresh),
+                Err(error) => tracing::warn!(peer = %link.node, %error, "a renewed certificate that is none"),
+            }
         }
     }
     Err("no full member of the cluster answers; start one of them".into())

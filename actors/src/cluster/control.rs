@@ -114,7 +114,8 @@ impl ControlPlane {
             0,
             "mutual TLS carries the trust".into(),
             own.to_string(),
-            "ingle".into(),
+            // Also the host's name: two nodes with one are taken for the same where their ports happen to be equal.
+            own.to_string(),
             Some(IncomingEncryptionMode::Tls(refuse_everybody())),
             Some(NodeConnectionMode::Isolated),
         )
@@ -133,6 +134,11 @@ impl ControlPlane {
     pub fn attach(&self, node: NodeId, is_server: bool, send: SendStream, receive: RecvStream) {
         let stream = Box::new(ControlStream { node, send, receive });
         let _ = self.server.cast(NodeServerMessage::ConnectionOpenedExternal { stream, is_server });
+    }
+
+    /// A session with the peer stands.
+    pub fn has_session(&self, node: NodeId) -> bool {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).values().any(|peer| *peer == node)
     }
 
     /// Asks the control actors of all peers for a sign of life. `None` for those that do not give one in time.

@@ -1,8 +1,8 @@
 //! Connections that go out: to members that are not connected, again and again, with jitter.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::NodeId;
@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::accept::{Session, certified_peer};
+use super::join::is_valid_name;
 use super::link::{PeerLink, open_stream};
 use super::roster::Registered;
 use super::{Mesh, plain};
@@ -28,6 +29,25 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const MOST_DIALS: usize = 16;
 /// The default QUIC port, for addresses without one.
 pub const DEFAULT_PORT: u16 = 11436;
+
+/// Nodes that are being greeted, so that two connections to one do not race.
+#[derive(Debug, Default)]
+pub(super) struct Greeting(Arc<Mutex<HashSet<NodeId>>>);
+
+impl Greeting {
+    fn begin(&self, node: NodeId) -> Option<GreetingGuard> {
+        let begun = self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(node);
+        begun.then(|| GreetingGuard(self.0.clone(), node))
+    }
+}
+
+struct GreetingGuard(Arc<Mutex<HashSet<NodeId>>>, NodeId);
+
+impl Drop for GreetingGuard {
+    fn drop(&mut self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.1);
+    }
+}
 
 #[derive(Default)]
 struct Attempts {
@@ -52,12 +72,16 @@ pub async fn run(mesh: Arc<Mesh>) {
     let mut own_addresses: HashSet<String> = HashSet::new();
     loop {
         let now = Instant::now();
-        let due: Vec<String> = wanted(&mesh)
+        let wanted = wanted(&mesh);
+        attempts.retain(|address, _| wanted.contains(address));
+        let mut due: Vec<String> = wanted
             .into_iter()
             .filter(|address| !under_way.contains(address) && !own_addresses.contains(address))
             .filter(|address| attempts.get(address).and_then(|a| a.not_before).is_none_or(|at| at <= now))
-            .take(MOST_DIALS.saturating_sub(under_way.len()))
             .collect();
+        // Whoever failed least goes first: a crowd of dead addresses must not keep a living one waiting.
+        due.sort_by_key(|address| attempts.get(address).map_or(0, |attempts| attempts.failures));
+        due.truncate(MOST_DIALS.saturating_sub(under_way.len()));
         for address in due {
             under_way.insert(address.clone());
             let mesh = mesh.clone();
@@ -68,7 +92,11 @@ pub async fn run(mesh: Arc<Mesh>) {
         }
         tokio::select! {
             Some(done) = dials.join_next() => {
-                let Ok((address, result)) = done else { continue };
+                // A panic in there ends this task too, and with it the mesh, which is started anew.
+                let (address, result) = match done {
+                    Ok(done) => done,
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
+                };
                 under_way.remove(&address);
                 match result {
                     Ok(node) if node == mesh.own_id() => {
@@ -92,20 +120,18 @@ pub async fn run(mesh: Arc<Mesh>) {
 }
 
 /// Addresses of members without a connection, and those that are always tried and belong to none.
-fn wanted(mesh: &Mesh) -> Vec<String> {
+fn wanted(mesh: &Mesh) -> BTreeSet<String> {
     let members = mesh.roster.lock();
     let connected: HashSet<&String> =
         members.values().filter(|member| member.link.is_some()).flat_map(|member| &member.addresses).collect();
-    let mut addresses: Vec<String> = members
+    members
         .values()
         .filter(|member| member.link.is_none())
         .flat_map(|member| member.addresses.iter().cloned())
         .chain(mesh.peers.iter().cloned())
+        .chain(mesh.sightings.unconnected(&members))
         .filter(|address| !connected.contains(address))
-        .collect();
-    addresses.sort_unstable();
-    addresses.dedup();
-    addresses
+        .collect()
 }
 
 /// `host`, `host:port`, `[v6]:port` or a bare IPv6 address, with the default port where none is given.
@@ -153,6 +179,13 @@ async fn greet(mesh: &Arc<Mesh>, target: SocketAddr) -> Result<NodeId, String> {
         connection.close(VarInt::from_u32(0), b"the node itself");
         return Ok(peer.node);
     }
+    // A member has several addresses, which are dialled side by side: one of them is enough.
+    let guard = mesh.greeting.begin(peer.node);
+    let stands = mesh.roster.link(peer.node).is_some_and(|link| link.connection.close_reason().is_none());
+    let Some(_guard) = guard.filter(|_| !stands) else {
+        connection.close(VarInt::from_u32(0), b"connected already");
+        return Ok(peer.node);
+    };
     let greeting = async {
         let (mut send, mut receive) = open_stream(&connection, StreamKind::Membership, DIAL_DEADLINE).await?;
         let hello = Hello { cluster: mesh.identity().cluster, facts: mesh.greeting_facts() };
@@ -178,11 +211,17 @@ async fn greet(mesh: &Arc<Mesh>, target: SocketAddr) -> Result<NodeId, String> {
         return Err(refused.why);
     }
     let welcome = answer.decode::<Welcome>().map_err(|error| error.to_string())?;
-    if welcome.facts.member.node != peer.node {
-        connection.close(VarInt::from_u32(1), b"the welcome's node id is not the certificate's");
-        return Err("its node id is not its certificate's".into());
+    if welcome.facts.member.node != peer.node || !is_valid_name(&welcome.facts.member.name) {
+        connection.close(VarInt::from_u32(1), b"the welcome's name or node id is wrong");
+        return Err("its name or node id is wrong".into());
     }
-    let link = PeerLink::new(peer.node, welcome.facts.incarnation, mesh.own_id(), connection.clone());
+    let link = PeerLink {
+        node: peer.node,
+        incarnation: welcome.facts.incarnation,
+        initiator: mesh.own_id(),
+        membership: peer.membership,
+        connection: connection.clone(),
+    };
     mesh.hear_of_all(&welcome.facts.members);
     if mesh.roster.register(link.clone(), welcome.facts) == Registered::Duplicate {
         connection.close(VarInt::from_u32(0), b"connected already");

@@ -1,14 +1,14 @@
 //! Finding members on the LAN by mDNS. What is found is a hint about an address, never trust: whoever answers there
 //! must still show a certificate of this cluster.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ingle_protocol::NodeId;
-use ingle_protocol::wire::v1::MemberHint;
 use mdns_sd::{ServiceDaemon, ServiceEvent, ServiceInfo};
 
 use super::Mesh;
+use super::roster::{Member, usable};
 
 const SERVICE: &str = "_ingle._udp.local.";
 
@@ -32,7 +32,7 @@ pub async fn run(mesh: Arc<Mesh>) {
         let node = property("node").and_then(|id| id.parse::<NodeId>().ok());
         let (Some(node), Some(true)) = (node, property("cluster").map(|id| id == cluster)) else { continue };
         let port = service.get_port();
-        let mut addresses: Vec<String> = service
+        let addresses: Vec<String> = service
             .get_addresses()
             .iter()
             .map(|ip| ip.to_ip_addr())
@@ -40,9 +40,31 @@ pub async fn run(mesh: Arc<Mesh>) {
             .filter(|ip| !matches!(ip, std::net::IpAddr::V6(v6) if v6.is_unicast_link_local()))
             .map(|ip| std::net::SocketAddr::new(ip, port).to_string())
             .collect();
-        addresses.sort_by_key(|address| address.starts_with('['));
-        let name = property("name").unwrap_or_default().to_owned();
-        mesh.hear_of_all(&[MemberHint { node, name, addresses }]);
+        mesh.sightings.see(node, addresses);
+        mesh.redial.notify_one();
+    }
+}
+
+/// The most nodes that are remembered as seen on the LAN.
+const MOST_SIGHTINGS: usize = 64;
+
+/// Where nodes say that they are. Anybody on the LAN can say so: these are addresses to try, and make nobody a member.
+#[derive(Debug, Default)]
+pub(super) struct Sightings(Mutex<VecDeque<(NodeId, Vec<String>)>>);
+
+impl Sightings {
+    fn see(&self, node: NodeId, addresses: Vec<String>) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.retain(|(known, _)| *known != node);
+        seen.truncate(MOST_SIGHTINGS - 1);
+        seen.push_front((node, usable(&addresses).cloned().collect()));
+    }
+
+    /// Addresses of nodes that no connection leads to.
+    pub fn unconnected(&self, members: &BTreeMap<NodeId, Member>) -> Vec<String> {
+        let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_connected = |node: &NodeId| members.get(node).is_some_and(|member| member.link.is_some());
+        seen.iter().filter(|(node, _)| !is_connected(node)).flat_map(|(_, addresses)| addresses.clone()).collect()
     }
 }
 

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use ingle_protocol::wire::v1::{Failed, FailureKind, RefusalKind, Refused, Request};
 use ingle_protocol::wire::{Answer, StreamKind};
-use quinn::{RecvStream, SendStream, VarInt};
+use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::Mesh;
-use super::link::{PeerLink, STREAM_DEADLINE, open_stream};
+use super::link::{STREAM_DEADLINE, open_stream};
 use crate::frames::{FrameError, read_body, read_frame, write_body, write_frame};
 use crate::worker::{ANSWER_BUFFER, SILENCE_LIMIT};
 
@@ -21,30 +21,26 @@ const CLIENT_LEFT: VarInt = VarInt::from_u32(1);
 
 /// Sends the request to a member. The frames of the answer arrive on the channel, which always ends with a last
 /// frame; dropping it cancels the request there.
-pub async fn submit_remote(link: &PeerLink, request: &Request) -> Result<mpsc::Receiver<Answer>, Refused> {
+pub async fn submit_remote(connection: &Connection, request: &Request) -> Result<mpsc::Receiver<Answer>, Refused> {
     let busy = |error: FrameError| Refused {
         kind: RefusalKind::Busy,
         message: format!("the worker node takes no more requests now ({error})"),
         param: None,
         retry_after_ms: Some(1_000),
     };
-    let on_link = link.requests.token();
-    let (mut send, receive) =
-        open_stream(&link.connection, StreamKind::Inference, OPEN_DEADLINE).await.map_err(busy)?;
+    let (mut send, receive) = open_stream(connection, StreamKind::Inference, OPEN_DEADLINE).await.map_err(busy)?;
     match timeout(STREAM_DEADLINE, write_body(&mut send, request)).await {
         Ok(written) => written.map_err(busy)?,
         Err(_) => return Err(busy(FrameError::Ended)),
     }
     let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
-    tokio::spawn(async move {
-        let _on_link = on_link;
-        relay_answers(send, receive, answers).await;
-    });
+    tokio::spawn(relay_answers(send, receive, answers));
     Ok(reader)
 }
 
 /// Frames from the stream into the channel. Owned by the reply: it ends when the reply is dropped.
 async fn relay_answers(mut send: SendStream, mut receive: RecvStream, answers: mpsc::Sender<Answer>) {
+    let mut any_token = false;
     loop {
         let read = tokio::select! {
             biased;
@@ -58,15 +54,16 @@ async fn relay_answers(mut send: SendStream, mut receive: RecvStream, answers: m
             Err(_) => {
                 let message = "the worker node went silent in the middle of the answer".to_owned();
                 let kind = FailureKind::WorkerSilent;
-                Ok(Answer::Failed(Failed { kind, message, retryable: false, migratable: true }))
+                Ok(Answer::Failed(Failed { kind, message, retryable: !any_token, migratable: true }))
             }
         };
         let answer = answer.unwrap_or_else(|error| {
             let kind =
                 if matches!(error, FrameError::Wire(_)) { FailureKind::Protocol } else { FailureKind::ConnectionLost };
             let message = format!("the connection to the worker node broke in the middle of the answer ({error})");
-            Answer::Failed(Failed { kind, message, retryable: false, migratable: true })
+            Answer::Failed(Failed { kind, message, retryable: !any_token, migratable: true })
         });
+        any_token |= matches!(answer, Answer::Token(_));
         let last = answer.is_last();
         if answers.send(answer).await.is_err() || last {
             break;
@@ -88,6 +85,8 @@ pub(super) async fn serve(mesh: Arc<Mesh>, mut send: SendStream, mut receive: Re
     let _entered = span.enter();
     tracing::debug!(attempt = request.attempt, principal = request.principal, "request from a member");
     drop(_entered);
+    // Held until the peer has it all: a node that ends waits for that.
+    let _open = mesh.workers.hold();
     let serving = async {
         let mut answers = mesh.workers.submit(request).await;
         loop {
@@ -102,12 +101,15 @@ pub(super) async fn serve(mesh: Arc<Mesh>, mut send: SendStream, mut receive: Re
             let Ok(frame) = answer.to_frame() else { return };
             // A peer that does not read holds this up, which fills the channel, which pauses the sequence.
             let written = tokio::select! {
+                biased;
                 written = write_frame(&mut send, &frame) => written,
                 () = mesh.cancel.cancelled() => return,
             };
-            if written.is_err() || last {
+            if written.is_err() {
+                return;
+            }
+            if last {
                 let _ = send.finish();
-                // Until the last frame is acknowledged: who closes the connection before loses it.
                 let _ = timeout(STREAM_DEADLINE, send.stopped()).await;
                 return;
             }

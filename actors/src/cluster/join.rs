@@ -141,10 +141,14 @@ pub async fn join(address: &str, token: &JoinToken, name: &str, guest: bool) -> 
         // With the new certificate, and so over mutual TLS.
         let tls = TlsConfigs::new(&identity, endpoint::transport()).map_err(|error| broken(error.to_string()))?;
         let member = connect(&socket, tls.client, target, address).await?;
+        if certified_peer(&member).map(|peer| peer.node) != Some(token.issuer) {
+            return Err(broken("another node answered the second time".into()));
+        }
         let authority_key = authority_stream::fetch_key(&member).await.map_err(broken)?;
         member.close(VarInt::from_u32(0), b"done");
         identity = assemble(Some(authority_key))?;
     }
+    identity.verify().map_err(|error| broken(format!("what the node sent does not fit together: {error}")))?;
     let mut members = granted.members;
     if let Some(issuer) = members.iter_mut().find(|member| member.node == token.issuer) {
         // The address that worked is the best one.
@@ -247,7 +251,7 @@ async fn answer(mesh: &Mesh, connection: &Connection) -> Result<Result<String, J
             write_body(&mut send, &granted).await?;
             Ok(name)
         }
-        Err((kind, message)) => {
+        Err(Objection(kind, message)) => {
             let refused = JoinRefused { kind, message };
             write_body(&mut send, &refused).await?;
             Err(refused)
@@ -258,51 +262,66 @@ async fn answer(mesh: &Mesh, connection: &Connection) -> Result<Result<String, J
     Ok(result)
 }
 
+/// Why a machine does not get in: for it, in words.
+struct Objection(JoinRefusalKind, String);
+
+impl From<RedeemError> for Objection {
+    fn from(error: RedeemError) -> Self {
+        let (kind, message) = match error {
+            RedeemError::Unknown => (
+                JoinRefusalKind::Token,
+                "the token is not valid: it is mistyped, or another node printed it. Print one with `ingle token`.",
+            ),
+            RedeemError::Expired => {
+                (JoinRefusalKind::Expired, "the token has expired. Print a new one with `ingle token`.")
+            }
+            RedeemError::Used => {
+                (JoinRefusalKind::Used, "the token was used already. Print a new one with `ingle token`.")
+            }
+            RedeemError::NotStored => {
+                (JoinRefusalKind::NoAuthority, "that node cannot write its state directory; see its log.")
+            }
+        };
+        Self(kind, message.into())
+    }
+}
+
 fn decide(
     mesh: &Mesh,
     request: JoinRequest,
     exporter: &[u8; 32],
     now: OffsetDateTime,
-) -> Result<JoinGranted, (JoinRefusalKind, String)> {
+) -> Result<JoinGranted, Objection> {
     use JoinRefusalKind as Kind;
     let identity = mesh.identity();
     let signer = identity.signer.as_ref().ok_or_else(|| {
-        (Kind::NoAuthority, "that node is a guest of its cluster and cannot let others in. Join a full member.".into())
+        let message = "that node is a guest of its cluster and cannot let others in. Join a full member.";
+        Objection(Kind::NoAuthority, message.into())
     })?;
     if !is_valid_name(&request.name) {
         let message = "a node's name has 1 to 63 letters, digits, dots and dashes. Choose another --name.";
-        return Err((Kind::Malformed, message.into()));
+        return Err(Objection(Kind::Malformed, message.into()));
     }
-    // Only who knows the secret learns more than that the token is not valid, and spends it.
     let apart = Duration::from_millis(request.clock_ms.abs_diff(milliseconds(now)));
-    let bound = (exporter, request.csr.as_slice(), request.name.as_str(), request.guest);
     let own_facts = mesh.own_facts();
-    if apart <= CLOCK_TOLERANCE
-        && (own_facts.member.name == request.name || mesh.roster.holder_of_name(&request.name, None).is_some())
-    {
-        let message = format!("a node named `{}` is in the cluster already. Choose another --name.", request.name);
-        return Err((Kind::NameTaken, message));
-    }
-    if apart > CLOCK_TOLERANCE {
-        let message = format!("the clocks are {} minutes apart", apart.as_secs() / 60);
-        return Err((Kind::Clock, message));
-    }
-    mesh.tokens.redeem(request.token_id, request.proof, bound, now).map_err(|error| match error {
-        RedeemError::Unknown => (
-            Kind::Token,
-            "the token is not valid: it is mistyped, or another node printed it. Print one with `ingle token`.".into(),
-        ),
-        RedeemError::Expired => (Kind::Expired, "the token has expired. Print a new one with `ingle token`.".into()),
-        RedeemError::Used => (Kind::Used, "the token was used already. Print a new one with `ingle token`.".into()),
-        RedeemError::NotStored => {
-            (Kind::NoAuthority, "that node cannot write its state directory; see its log.".into())
+    let may_enter = || {
+        if apart > CLOCK_TOLERANCE {
+            return Err(Objection(Kind::Clock, format!("the clocks are {} minutes apart", apart.as_secs() / 60)));
         }
-    })?;
+        if own_facts.member.name == request.name || mesh.roster.holder_of_name(&request.name, None).is_some() {
+            let message = format!("a node named `{}` is in the cluster already. Choose another --name.", request.name);
+            return Err(Objection(Kind::NameTaken, message));
+        }
+        Ok(())
+    };
+    let hash = Authority::fingerprint(&identity.authority);
+    let bound = (exporter, request.csr.as_slice(), request.name.as_str(), request.guest);
+    mesh.tokens.redeem(hash, request.token_id, request.proof, bound, now, may_enter)?;
     let node = NodeId(rand::rng().random());
     let membership = if request.guest { Membership::Guest } else { Membership::Full };
     let certificate = signer
         .sign(&request.csr, node, &request.name, membership, now)
-        .map_err(|error| (Kind::Malformed, error.to_string()))?;
+        .map_err(|error| Objection(Kind::Malformed, error.to_string()))?;
     let mut own = own_facts.member;
     if own.addresses.is_empty() {
         let port = std::net::SocketAddr::from(([0, 0, 0, 0], mesh.port()));

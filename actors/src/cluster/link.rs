@@ -12,20 +12,15 @@ use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::io::AsyncReadExt;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use super::{Mesh, authority_stream, inference};
 use crate::frames::{FrameError, read_body, read_frame, write_body};
-use crate::identity::CertifiedName;
+use crate::identity::{CertifiedName, Membership};
 
 /// How long a peer may take to say what a stream is for.
 pub const STREAM_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a goodbye may take.
 const GOODBYE_DEADLINE: Duration = Duration::from_millis(300);
-/// How long a retired connection still takes new requests.
-const RETIREMENT_GRACE: Duration = Duration::from_secs(1);
-/// Why a connection is closed that has another one beside it.
-pub const REPLACED: &str = "replaced by another connection";
 
 /// A greeted connection to a member.
 #[derive(Debug, Clone)]
@@ -36,34 +31,13 @@ pub struct PeerLink {
     pub incarnation: u64,
     /// The node that opened the connection.
     pub initiator: NodeId,
+    /// What the member may do, by its certificate.
+    pub membership: Membership,
     /// The connection.
     pub connection: Connection,
-    /// Requests on it, in both directions.
-    pub requests: TaskTracker,
-    retired: CancellationToken,
 }
 
 impl PeerLink {
-    /// A connection that `initiator` opened to or from the run `incarnation` of `node`.
-    pub fn new(node: NodeId, incarnation: u64, initiator: NodeId, connection: Connection) -> Self {
-        let (requests, retired) = (TaskTracker::new(), CancellationToken::new());
-        Self { node, incarnation, initiator, connection, requests, retired }
-    }
-
-    /// Another connection to the same run of the node takes its place: this one ends when its requests have.
-    pub fn retire(&self) {
-        self.retired.cancel();
-    }
-
-    async fn close_when_retired(&self) {
-        self.retired.cancelled().await;
-        // The other side may not know yet, and open one more.
-        tokio::time::sleep(RETIREMENT_GRACE).await;
-        self.requests.close();
-        self.requests.wait().await;
-        self.close(REPLACED);
-    }
-
     /// Ends the connection and says why.
     pub fn close(&self, why: &str) {
         self.connection.close(VarInt::from_u32(0), why.as_bytes());
@@ -104,7 +78,6 @@ pub async fn run(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, membershi
     }
     let reason = tokio::select! {
         reason = connection.closed() => describe(&reason),
-        () = link.close_when_retired() => REPLACED.to_owned(),
         () = mesh.cancel.cancelled() => {
             // The facts task says goodbye; what it sends needs a moment to leave.
             let _ = timeout(GOODBYE_DEADLINE, connection.closed()).await;
@@ -186,10 +159,11 @@ async fn receive_facts(mesh: Arc<Mesh>, mut receive: RecvStream, link: PeerLink)
                 if facts.member.node == link.node {
                     mesh.hear_of_all(&facts.members);
                     mesh.roster.update(link.node, facts);
-                    mesh.changed.notify_waiters();
                 }
             }),
-            Goodbye::KIND => frame.decode::<Goodbye>().map(|goodbye| mesh.roster.left(link.node, &goodbye.why)),
+            Goodbye::KIND => frame.decode::<Goodbye>().map(|goodbye| {
+                mesh.roster.left(link.node, link.connection.stable_id(), &goodbye.why);
+            }),
             got => Err(ingle_protocol::wire::WireError::Unexpected { expected: "facts or a goodbye", got }),
         };
         if let Err(error) = accepted {
@@ -223,7 +197,7 @@ async fn accept_pulses(mesh: Arc<Mesh>, link: PeerLink) {
             _ => continue,
         }
         while let Ok(pulse) = read_body::<Pulse, _>(&mut receive).await {
-            mesh.roster.pulse(link.node, pulse);
+            mesh.roster.pulse(link.node, link.connection.stable_id(), pulse);
         }
     }
 }
@@ -237,10 +211,7 @@ async fn accept_streams(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, ca
                 _ => return,
             };
             match kind {
-                Ok(StreamKind::Inference) => {
-                    let _request = link.requests.token();
-                    inference::serve(mesh, send, receive).await;
-                }
+                Ok(StreamKind::Inference) => inference::serve(mesh, send, receive).await,
                 Ok(StreamKind::Control) => mesh.attach_control(&link, send, receive),
                 Ok(StreamKind::Authority) => {
                     let _ = timeout(STREAM_DEADLINE, authority_stream::serve(&mesh, peer, send, receive)).await;
@@ -256,7 +227,8 @@ async fn accept_streams(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, ca
     }
 }
 
-async fn open_control(mesh: Arc<Mesh>, link: PeerLink) {
+/// Opens the stream of the control plane. Only the side that opened the connection does, or there would be two.
+pub(super) async fn open_control(mesh: Arc<Mesh>, link: PeerLink) {
     match open_stream(&link.connection, StreamKind::Control, STREAM_DEADLINE).await {
         Ok((send, receive)) => mesh.attach_control(&link, send, receive),
         Err(error) => tracing::warn!(peer = %link.node, %error, "no control stream"),

@@ -15,12 +15,15 @@ mod link;
 mod roster;
 
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use futures_util::FutureExt;
 use ingle_protocol::NodeId;
+use ingle_protocol::liveness::Health;
 use ingle_protocol::wire::v1::{MemberHint, ModelFacts, NodeFacts};
 use time::OffsetDateTime;
 use tokio::sync::{Notify, watch};
@@ -69,10 +72,13 @@ pub struct Mesh {
     control: OnceLock<ControlPlane>,
     leaving: OnceLock<String>,
     redial: Notify,
+    greeting: dial::Greeting,
+    sightings: discovery::Sightings,
+    /// Set while the node goes over to another cluster: what this mesh would store then would overwrite that.
+    frozen: Mutex<bool>,
+    failed: watch::Sender<Option<String>>,
     tasks: TaskTracker,
     cancel: CancellationToken,
-    /// Wakes whoever waits for news of members.
-    pub changed: Notify,
     /// The members.
     pub roster: Roster,
     /// The tokens that this node made.
@@ -100,9 +106,12 @@ impl Mesh {
             control: OnceLock::new(),
             leaving: OnceLock::new(),
             redial: Notify::new(),
+            greeting: dial::Greeting::default(),
+            sightings: discovery::Sightings::default(),
+            frozen: Mutex::default(),
+            failed: watch::Sender::new(None),
             tasks: TaskTracker::new(),
             cancel: CancellationToken::new(),
-            changed: Notify::new(),
             roster: Roster::new(own_id),
             workers,
         });
@@ -112,29 +121,45 @@ impl Mesh {
         match ControlPlane::start(own_id).await {
             Ok(control) => {
                 let _ = mesh.control.set(control);
-                mesh.spawn(Self::probe_control(mesh.clone()));
+                mesh.spawn("the control probe", Self::probe_control(mesh.clone()));
             }
             // Requests do not need it: go on, and say so.
             Err(error) => tracing::error!(%error, "the control plane does not start"),
         }
-        mesh.spawn(accept::run(mesh.clone()));
-        mesh.spawn(dial::run(mesh.clone()));
-        mesh.spawn(Self::renew(mesh.clone()));
+        mesh.spawn("accepting connections", accept::run(mesh.clone()));
+        mesh.spawn("dialling members", dial::run(mesh.clone()));
+        mesh.spawn("renewing the certificate", Self::renew(mesh.clone()));
         if mdns {
-            mesh.spawn(discovery::run(mesh.clone()));
+            mesh.tasks.spawn(mesh.cancel.clone().run_until_cancelled_owned(discovery::run(mesh.clone())));
         }
         Ok(mesh)
     }
 
-    /// Runs until the task or the mesh ends.
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let cancel = self.cancel.clone();
+    /// Runs for as long as the mesh. Without the task the mesh is of no use: where it ends by itself or panics, the
+    /// mesh has failed, and its supervisor starts another one.
+    fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let (cancel, failed) = (self.cancel.clone(), self.failed.clone());
         self.tasks.spawn(async move {
-            tokio::select! {
-                () = task => {}
-                () = cancel.cancelled() => {}
+            let ended = AssertUnwindSafe(task).catch_unwind();
+            if let Some(result) = cancel.run_until_cancelled_owned(ended).await {
+                let how = if result.is_err() { "panicked" } else { "ended" };
+                failed.send_replace(Some(format!("{name} {how}")));
             }
         });
+    }
+
+    /// Returns when a part of the mesh is broken, with what it is.
+    pub async fn broken(&self) -> String {
+        let mut failed = self.failed.subscribe();
+        match failed.wait_for(Option::is_some).await.map(|why| why.clone()) {
+            Ok(Some(why)) => why,
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// While frozen the mesh stores neither members nor certificates.
+    pub fn freeze(&self, frozen: bool) {
+        *self.frozen.lock().unwrap_or_else(PoisonError::into_inner) = frozen;
     }
 
     /// Says goodbye to everybody and ends all tasks of the mesh, within a second or so. The socket stays open.
@@ -173,7 +198,14 @@ impl Mesh {
             }
             changed
         });
-        self.changed.notify_waiters();
+    }
+
+    /// Names of the other members, those that left not counted.
+    pub fn company(&self) -> Vec<String> {
+        let now = self.roster.now();
+        let members = self.roster.lock();
+        let staying = members.values().filter(|member| !matches!(member.watch.health(now), Health::Left { .. }));
+        staying.map(|member| member.name.clone()).collect()
     }
 
     /// The port of the QUIC socket.
@@ -214,7 +246,17 @@ impl Mesh {
     }
 
     /// Stores who the members are, so that a node that reboots comes back by itself.
-    pub fn remember(&self) {
+    pub fn remember(self: &Arc<Self>) {
+        let mesh = self.clone();
+        // fsync takes its time, and tasks that pulse must not wait for it.
+        self.tasks.spawn_blocking(move || mesh.store_members());
+    }
+
+    fn store_members(&self) {
+        let frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        if *frozen {
+            return;
+        }
         let file = MembersFile { cluster: self.identity.load().cluster, members: self.roster.hints() };
         let stored = serde_json::to_vec_pretty(&file)
             .map_err(std::io::Error::other)
@@ -235,14 +277,30 @@ impl Mesh {
 
     /// Sees every two seconds that the control actors of all peers answer.
     async fn probe_control(mesh: Arc<Self>) {
-        let Some(control) = mesh.control.get() else { return };
+        let Some(control) = mesh.control.get() else { return std::future::pending().await };
         let mut ticks = tokio::time::interval(Duration::from_secs(2));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Connections that had no session the last time: a session takes a moment to come about.
+        let mut sessionless: Vec<usize> = Vec::new();
         loop {
             ticks.tick().await;
             for (node, answered) in control.probe_all(Duration::from_secs(1)).await {
                 if let Some(member) = mesh.roster.lock().get_mut(&node) {
                     member.control_round_trip = answered;
+                }
+            }
+            // Two connections that crossed can leave the one that stayed without its session.
+            let links: Vec<PeerLink> = mesh.roster.lock().values().filter_map(|member| member.link.clone()).collect();
+            for link in links.into_iter().filter(|link| !control.has_session(link.node)) {
+                if let Some(member) = mesh.roster.lock().get_mut(&link.node) {
+                    member.control_round_trip = None;
+                }
+                if link.initiator == mesh.own_id() && sessionless.contains(&link.connection.stable_id()) {
+                    sessionless.clear();
+                    link::open_control(mesh.clone(), link).await;
+                } else {
+                    sessionless.push(link.connection.stable_id());
+                    sessionless.truncate(roster::MOST_MEMBERS);
                 }
             }
         }
@@ -278,6 +336,10 @@ impl Mesh {
     /// Uses the identity from now on; standing connections go on with the old certificate.
     fn adopt(&self, identity: Identity) -> Result<(), IdentityError> {
         let tls = TlsConfigs::new(&identity, endpoint::transport())?;
+        let frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        if *frozen {
+            return Ok(());
+        }
         identity.store(&self.state_dir)?;
         self.endpoint.set_server_config(Some(tls.server));
         self.client.store(Arc::new(tls.client));
@@ -304,9 +366,10 @@ fn read_members(state_dir: &std::path::Path) -> Option<MembersFile> {
         .ok()
 }
 
-/// Names of the members of the last run.
-pub fn remembered_names(state_dir: &std::path::Path) -> Vec<String> {
-    read_members(state_dir).into_iter().flat_map(|file| file.members).map(|member| member.name).collect()
+/// Names of the members of the last run in this cluster.
+pub fn remembered_names(state_dir: &std::path::Path, cluster: ingle_protocol::ClusterId) -> Vec<String> {
+    let file = read_members(state_dir).filter(|file| file.cluster == cluster);
+    file.into_iter().flat_map(|file| file.members).map(|member| member.name).collect()
 }
 
 const HOUR: Duration = Duration::from_secs(3600);

@@ -1,6 +1,7 @@
 //! The members that this node knows, and what it knows of each.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,8 @@ use ingle_protocol::liveness::{Health, PeerWatch};
 use ingle_protocol::wire::v1::{EnginePulse, MemberHint, NodeFacts, Pulse};
 use ingle_protocol::{EngineId, NodeId};
 
-use super::link::{PeerLink, REPLACED};
+use super::join::is_valid_name;
+use super::link::PeerLink;
 
 /// The most members that are remembered; a household has a handful.
 pub const MOST_MEMBERS: usize = 256;
@@ -40,6 +42,11 @@ impl Member {
         MemberHint { node, name: self.name.clone(), addresses: self.addresses.clone() }
     }
 
+    /// The connection is the one that counts: news of one that was replaced is no news.
+    fn is_on(&self, connection: usize) -> bool {
+        self.link.as_ref().is_some_and(|link| link.connection.stable_id() == connection)
+    }
+
     /// Puts the address first.
     pub fn prefer_address(&mut self, address: &str) {
         self.addresses.retain(|known| known != address);
@@ -47,13 +54,20 @@ impl Member {
         self.addresses.truncate(MOST_ADDRESSES);
     }
 
+    /// News goes behind what is known to work and before what is old, so that a list that is full still learns.
     fn add_addresses(&mut self, addresses: &[String]) {
-        for address in addresses {
-            if self.addresses.len() < MOST_ADDRESSES && !self.addresses.contains(address) {
-                self.addresses.push(address.clone());
+        for address in usable(addresses).rev() {
+            if !self.addresses.contains(address) {
+                self.addresses.insert(self.addresses.len().min(1), address.clone());
             }
         }
+        self.addresses.truncate(MOST_ADDRESSES);
     }
+}
+
+/// The addresses of a hint that are ones: a peer can send anything.
+pub(super) fn usable(addresses: &[String]) -> impl DoubleEndedIterator<Item = &String> {
+    addresses.iter().take(MOST_ADDRESSES).filter(|address| address.parse::<SocketAddr>().is_ok())
 }
 
 /// What became of a new connection.
@@ -92,7 +106,10 @@ impl Roster {
     /// Learns of a member from somebody else.
     pub fn hear_of(&self, hint: &MemberHint) {
         let mut members = self.lock();
-        if hint.node == self.own || (members.len() >= MOST_MEMBERS && !members.contains_key(&hint.node)) {
+        if hint.node == self.own
+            || !is_valid_name(&hint.name)
+            || (members.len() >= MOST_MEMBERS && !members.contains_key(&hint.node))
+        {
             return;
         }
         let member = members.entry(hint.node).or_default();
@@ -105,12 +122,14 @@ impl Roster {
     /// Keeps a fresh, greeted connection, unless there is a better one. Two nodes that dial each other at the same
     /// moment both keep the connection that the smaller id opened.
     pub fn register(&self, link: PeerLink, facts: NodeFacts) -> Registered {
-        let now = self.now();
-        let incarnation = link.incarnation;
+        let (now, node) = (self.now(), link.node);
         let mut members = self.lock();
         // A machine that was set up anew has a new id under its old name: the old one does not come back.
-        members.retain(|id, member| *id == link.node || member.link.is_some() || member.name != facts.member.name);
-        let member = members.entry(link.node).or_default();
+        members.retain(|id, member| *id == node || member.link.is_some() || member.name != facts.member.name);
+        let member = members.entry(node).or_default();
+        if link.connection.close_reason().is_some() {
+            return Registered::Duplicate;
+        }
         if let Some(standing) = &member.link
             && standing.connection.close_reason().is_none()
             && standing.incarnation == link.incarnation
@@ -120,12 +139,11 @@ impl Roster {
             return Registered::Duplicate;
         }
         if let Some(replaced) = member.link.replace(link) {
-            // That of an earlier run is dead, whatever it seems; on one of this run answers may be under way.
-            if replaced.incarnation == incarnation { replaced.retire() } else { replaced.close(REPLACED) }
+            replaced.close("replaced by another connection");
         }
         member.watch.connected(now);
         member.engines.clear();
-        Self::take_facts(member, facts);
+        Self::take_facts(node, member, facts);
         Registered::Kept
     }
 
@@ -139,38 +157,42 @@ impl Roster {
                 .as_ref()
                 .is_none_or(|known| (facts.incarnation, facts.version) > (known.incarnation, known.version));
             if newer {
-                Self::take_facts(member, facts);
+                Self::take_facts(node, member, facts);
             }
         }
     }
 
-    fn take_facts(member: &mut Member, facts: NodeFacts) {
+    fn take_facts(node: NodeId, member: &mut Member, mut facts: NodeFacts) {
+        // Each node speaks for its own engines alone.
+        for model in &mut facts.models {
+            if let Some(engine) = &mut model.engine {
+                engine.node = node;
+            }
+        }
         member.name.clone_from(&facts.member.name);
         member.add_addresses(&facts.member.addresses);
         member.facts = Some(facts);
     }
 
     /// A pulse of a member.
-    pub fn pulse(&self, node: NodeId, pulse: Pulse) {
+    pub fn pulse(&self, node: NodeId, connection: usize, pulse: Pulse) {
         let now = self.now();
-        if let Some(member) = self.lock().get_mut(&node) {
+        if let Some(member) = self.lock().get_mut(&node).filter(|member| member.is_on(connection)) {
             member.watch.pulse(now);
             member.engines = pulse.engines.into_iter().map(|engine| (engine.engine, engine)).collect();
         }
     }
 
     /// The member said goodbye.
-    pub fn left(&self, node: NodeId, why: &str) {
-        if let Some(member) = self.lock().get_mut(&node) {
+    pub fn left(&self, node: NodeId, connection: usize, why: &str) {
+        if let Some(member) = self.lock().get_mut(&node).filter(|member| member.is_on(connection)) {
             member.watch.left(why);
         }
     }
 
     /// The connection `id` to the member is gone. News of a connection that was replaced counts for nothing.
     pub fn lost(&self, node: NodeId, connection: usize, why: &str) {
-        if let Some(member) = self.lock().get_mut(&node)
-            && member.link.as_ref().is_some_and(|link| link.connection.stable_id() == connection)
-        {
+        if let Some(member) = self.lock().get_mut(&node).filter(|member| member.is_on(connection)) {
             member.link = None;
             member.engines.clear();
             member.control_round_trip = None;

@@ -36,6 +36,7 @@ const USUAL_ANSWER: u32 = 256;
 /// The router of this node.
 #[derive(Debug)]
 pub struct Gateway {
+    name: String,
     mesh: Arc<ArcSwapOption<Mesh>>,
     workers: Arc<Workers>,
     /// Requests of this router per engine, where an engine is a node's n-th.
@@ -76,8 +77,9 @@ impl Offer {
 
 impl Gateway {
     /// A router over this node's workers and whatever mesh there is.
-    pub fn new(mesh: Arc<ArcSwapOption<Mesh>>, workers: Arc<Workers>) -> Self {
+    pub fn new(name: &str, mesh: Arc<ArcSwapOption<Mesh>>, workers: Arc<Workers>) -> Self {
         Self {
+            name: name.to_owned(),
             mesh,
             workers,
             in_flight: Mutex::default(),
@@ -93,18 +95,18 @@ impl Gateway {
     }
 
     fn offers(&self) -> Vec<Offer> {
-        let Some(mesh) = self.mesh.load_full() else { return Vec::new() };
-        let own = mesh.own_id();
+        // Without a mesh, while the node changes its cluster, it still has its own models.
+        let mesh = self.mesh.load_full();
+        let own = mesh.as_ref().map_or_else(NodeId::default, |mesh| mesh.own_id());
         let pulses: HashMap<EngineId, EnginePulse> =
             self.workers.pulses(own).into_iter().map(|pulse| (pulse.engine, pulse)).collect();
-        let own_name = mesh.own_facts().member.name;
         let mut offers: Vec<Offer> = self
             .workers
             .facts(own)
             .into_iter()
             .map(|facts| Offer {
                 node: own,
-                node_name: own_name.clone(),
+                node_name: self.name.clone(),
                 health: Health::Alive,
                 pulse: facts.engine.and_then(|engine| pulses.get(&engine).copied()),
                 facts,
@@ -112,6 +114,7 @@ impl Gateway {
                 local: true,
             })
             .collect();
+        let Some(mesh) = mesh else { return offers };
         let now = mesh.roster.now();
         for (node, member) in mesh.roster.lock().iter() {
             for facts in member.facts.iter().flat_map(|facts| &facts.models) {
@@ -201,13 +204,13 @@ impl Gateway {
                 tracing::debug!(node = chosen.node_name, attempt = request.attempt, "sent to a worker");
                 let refused = match self.begin(chosen, &request, began, deadline, place).await {
                     Ok(reply) => return Ok(reply),
-                    Err(GatewayError::Refused(refused)) if refused.kind.is_retryable() => refused,
+                    Err(error) if is_retryable(&error) => error,
                     Err(error) => return Err(error),
                 };
                 tried.push(chosen.node);
                 request.attempt += 1;
                 if request.attempt > MOST_RETRIES || !self.has_another(&request, &tried) {
-                    return Err(GatewayError::Refused(refused));
+                    return Err(refused);
                 }
             }
         }
@@ -233,7 +236,10 @@ impl Gateway {
         if known.is_empty() {
             let near = near(&name, offers.iter().map(|offer| offer.facts.name.as_str()));
             let near = near.into_iter().map(str::to_owned).collect();
-            return Err(Choice::Nobody(GatewayError::UnknownModel { model: name, near }));
+            let mut known: Vec<String> = offers.iter().map(|offer| offer.facts.name.clone()).collect();
+            known.sort_unstable();
+            known.dedup();
+            return Err(Choice::Nobody(GatewayError::UnknownModel { model: name, near, known }));
         }
         // One name can stand for two contents while a model is being replaced: an attempt that follows another
         // stays with the content of the first.
@@ -306,7 +312,7 @@ impl Gateway {
     ) -> Result<Reply, GatewayError> {
         let mut inner = match &offer.link {
             None => self.workers.submit(request.clone()).await,
-            Some(link) => submit_remote(link, request).await.map_err(GatewayError::Refused)?,
+            Some(link) => submit_remote(&link.connection, request).await.map_err(GatewayError::Refused)?,
         };
         let mut timeline = Timeline::new(began);
         let mut accepted: Option<Accepted> = None;
@@ -353,6 +359,15 @@ impl Gateway {
         };
         tokio::spawn(watch.run(first, inner, answers).in_current_span());
         Ok(Reply { node: offer.node_name.clone(), model: request.model.clone(), accepted, answers: reader })
+    }
+}
+
+/// Nothing was delivered, and another node may do better.
+fn is_retryable(error: &GatewayError) -> bool {
+    match error {
+        GatewayError::Refused(refused) => refused.kind.is_retryable(),
+        GatewayError::Failed(failed) => failed.retryable,
+        GatewayError::UnknownModel { .. } | GatewayError::NoWorker { .. } => false,
     }
 }
 

@@ -12,6 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use super::tls::verify_chain;
 use super::{Authority, CERTIFICATE_LIFETIME, CertifiedName, Membership, read_names, signing_request};
 use crate::platform::{read_optional, write_private};
 
@@ -122,6 +123,19 @@ impl Identity {
         Ok(Self { names, cluster, authority, signer, certificate, name: name.to_owned(), key_pkcs8, signed_at })
     }
 
+    /// Checks that the authority signed this certificate, and that its key, where there is one, is its own.
+    /// For what came over the network: a stored identity may have expired while the machine was off.
+    pub fn verify(&self) -> Result<(), IdentityError> {
+        verify_chain(&self.authority, &self.certificate)?;
+        if let Some(signer) = &self.signer {
+            let now = OffsetDateTime::now_utc();
+            let sample =
+                signer.sign(&self.renewal_request()?, self.names.node, &self.name, self.names.membership, now)?;
+            verify_chain(&self.authority, &sample)?;
+        }
+        Ok(())
+    }
+
     /// A new cluster with this node as its only member. Not stored yet.
     pub fn found_cluster(node: NodeId, name: &str, now: OffsetDateTime) -> Result<Self, IdentityError> {
         let authority = Authority::generate(now)?;
@@ -168,7 +182,8 @@ impl Identity {
 
     /// Two thirds of the certificate's life are over.
     pub fn is_due_for_renewal(&self, now: OffsetDateTime) -> bool {
-        now - self.signed_at >= CERTIFICATE_LIFETIME * 2 / 3
+        // A certificate from the future is one of a clock that was wrong.
+        now - self.signed_at >= CERTIFICATE_LIFETIME * 2 / 3 || self.signed_at - now > Duration::from_secs(3600)
     }
 
     /// How long until [`Self::is_due_for_renewal`].
@@ -191,11 +206,11 @@ impl Identity {
             &self.name,
             signed_at,
         )?;
-        if renewed.names.node == self.names.node {
-            Ok(renewed)
-        } else {
-            Err(rcgen::Error::CouldNotParseCertificate.into())
+        if renewed.names != self.names {
+            return Err(rcgen::Error::CouldNotParseCertificate.into());
         }
+        verify_chain(&renewed.authority, &renewed.certificate)?;
+        Ok(renewed)
     }
 }
 
@@ -230,5 +245,11 @@ mod tests {
         let fresh = old.with_certificate(sign(NodeId([7; 16])), now).unwrap();
         assert!(!fresh.is_due_for_renewal(now));
         assert!(old.with_certificate(sign(NodeId([8; 16])), now).is_err());
+        fresh.verify().unwrap();
+        // The right names under a stranger's signature.
+        let stranger = Authority::generate(now).unwrap();
+        let request = old.renewal_request().unwrap();
+        let forged = stranger.sign(&request, NodeId([7; 16]), "tower", Membership::Full, now).unwrap();
+        assert!(old.with_certificate(forged, now).is_err());
     }
 }

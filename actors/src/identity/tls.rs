@@ -87,6 +87,30 @@ pub fn joiner_config(authority_hash: [u8; 32]) -> Result<quinn::ClientConfig, Id
     Ok(quinn::ClientConfig::new(Arc::new(client)))
 }
 
+/// Was `certificate` signed by `authority`, and is it valid now?
+pub(super) fn verify_chain(
+    authority: &CertificateDer<'_>,
+    certificate: &CertificateDer<'_>,
+) -> Result<(), rustls::Error> {
+    let name = ServerName::try_from(SERVER_NAME).map_err(|error| rustls::Error::General(error.to_string()))?;
+    verify_server(authority, certificate, &name, &[], UnixTime::now()).map(drop)
+}
+
+fn verify_server(
+    authority: &CertificateDer<'_>,
+    certificate: &CertificateDer<'_>,
+    name: &ServerName<'_>,
+    ocsp_response: &[u8],
+    now: UnixTime,
+) -> Result<ServerCertVerified, rustls::Error> {
+    let mut roots = RootCertStore::empty();
+    roots.add(authority.clone().into_owned())?;
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
+        .build()
+        .map_err(|error| rustls::Error::General(error.to_string()))?
+        .verify_server_cert(certificate, &[], name, ocsp_response, now)
+}
+
 /// Accepts a server whose chain ends in the one authority whose hash we were told. Everything else is rustls'
 /// own verification.
 #[derive(Debug)]
@@ -107,12 +131,7 @@ impl ServerCertVerifier for PinnedAuthority {
             .iter()
             .find(|certificate| Authority::fingerprint(certificate) == self.authority_hash)
             .ok_or(rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer))?;
-        let mut roots = RootCertStore::empty();
-        roots.add(authority.clone().into_owned())?;
-        WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
-            .build()
-            .map_err(|error| rustls::Error::General(error.to_string()))?
-            .verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
+        verify_server(authority, end_entity, server_name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use base64::Engine;
@@ -123,6 +124,8 @@ fn hmac_key(secret: &[u8; 16]) -> hmac::digest::Key<Hmac<Sha256>> {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Entry {
+    /// The cluster that it was made for: a node that joins another one must not let people into that.
+    authority: String,
     secret: String,
     expires_at: u64,
     used: bool,
@@ -145,12 +148,14 @@ pub enum RedeemError {
 #[derive(Debug)]
 pub struct TokenBook {
     path: PathBuf,
+    /// Held from reading to writing: two joiners must not both find a token unused.
+    writing: Mutex<()>,
 }
 
 impl TokenBook {
     /// The book of a state directory.
     pub fn new(state_dir: &Path) -> Self {
-        Self { path: state_dir.join("tokens.json") }
+        Self { path: state_dir.join("tokens.json"), writing: Mutex::default() }
     }
 
     /// Every call reads and writes the file: tokens are rare, and a token that was made while no node ran counts.
@@ -180,39 +185,54 @@ impl TokenBook {
         random.fill_bytes(&mut token.id);
         random.fill_bytes(&mut token.secret);
         token.expires_at = (now.unix_timestamp().max(0) as u64).saturating_add(lifetime.as_secs());
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut entries = self.read()?;
-        if entries.values().filter(|entry| !entry.used).count() >= MOST_TOKENS {
+        let now_s = now.unix_timestamp().max(0) as u64;
+        if entries.values().filter(|entry| !entry.used && entry.expires_at > now_s).count() >= MOST_TOKENS {
             return Err(io::Error::other("too many tokens wait to be used; wait until some expire"));
         }
-        let entry = Entry { secret: BASE64.encode(token.secret), expires_at: token.expires_at, used: false };
+        let entry = Entry {
+            authority: BASE64.encode(authority_hash),
+            secret: BASE64.encode(token.secret),
+            expires_at: token.expires_at,
+            used: false,
+        };
         entries.insert(BASE64.encode(token.id), entry);
         self.write(entries, now)?;
         Ok(token)
     }
 
-    /// Takes a token if its proof is right, and stores that it is used before it says so.
-    pub fn redeem(
+    /// Takes a token of this cluster if its proof is right and `may_enter` has nothing against its holder, and
+    /// stores that it is used before it says so. Whoever does not know the secret learns nothing from `may_enter`.
+    pub fn redeem<E: From<RedeemError>>(
         &self,
+        authority_hash: [u8; 32],
         id: [u8; 8],
         proof: [u8; 32],
         bound_to: (&[u8; 32], &[u8], &str, bool),
         now: OffsetDateTime,
-    ) -> Result<(), RedeemError> {
+        may_enter: impl FnOnce() -> Result<(), E>,
+    ) -> Result<(), E> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut entries = self.read().map_err(|_| RedeemError::NotStored)?;
         let entry = entries.get_mut(&BASE64.encode(id)).ok_or(RedeemError::Unknown)?;
+        if entry.authority != BASE64.encode(authority_hash) {
+            return Err(RedeemError::Unknown.into());
+        }
         let secret = BASE64.decode(&entry.secret).ok().and_then(|s| <[u8; 16]>::try_from(s).ok());
         let secret = secret.ok_or(RedeemError::Unknown)?;
         let (exporter, csr, name, guest) = bound_to;
         // Constant-time comparison.
         keyed(&secret, exporter, csr, name, guest).verify_slice(&proof).map_err(|_| RedeemError::Unknown)?;
         if entry.used {
-            return Err(RedeemError::Used);
+            return Err(RedeemError::Used.into());
         }
         if now.unix_timestamp().max(0) as u64 >= entry.expires_at {
-            return Err(RedeemError::Expired);
+            return Err(RedeemError::Expired.into());
         }
+        may_enter()?;
         entry.used = true;
-        self.write(entries, now).map_err(|_| RedeemError::NotStored)
+        self.write(entries, now).map_err(|_| RedeemError::NotStored.into())
     }
 }
 
@@ -237,14 +257,37 @@ mod tests {
             (&[9; 32], &b"csr"[..], "tower", false),
             (&[9; 32], &b"csr"[..], "mini", true),
         ] {
-            assert_eq!(book.redeem(token.id, proof, other, now), Err(RedeemError::Unknown));
+            let redeemed = book.redeem([1; 32], token.id, proof, other, now, || panic!("asked without a proof"));
+            assert_eq!(redeemed, Err(RedeemError::Unknown));
         }
-        assert_eq!(book.redeem([0; 8], proof, bound, now), Err(RedeemError::Unknown));
-        assert_eq!(book.redeem(token.id, proof, bound, now + 2 * HOUR), Err(RedeemError::Expired));
-        assert_eq!(book.redeem(token.id, proof, bound, now), Ok(()));
-        // A new process reads the same file.
-        let again = TokenBook::new(folder.path());
-        assert_eq!(again.redeem(token.id, proof, bound, now), Err(RedeemError::Used));
+        let redeem = |hash, id, now, verdict: Result<(), RedeemError>| {
+            // A new book each time, as a new process has: what counts is the file.
+            TokenBook::new(folder.path()).redeem(hash, id, proof, bound, now, || verdict)
+        };
+        assert_eq!(redeem([1; 32], [0; 8], now, Ok(())), Err(RedeemError::Unknown));
+        assert_eq!(redeem([2; 32], token.id, now, Ok(())), Err(RedeemError::Unknown), "another cluster's token");
+        assert_eq!(redeem([1; 32], token.id, now + 2 * HOUR, Ok(())), Err(RedeemError::Expired));
+        // Who may not enter for another reason keeps the token.
+        assert_eq!(redeem([1; 32], token.id, now, Err(RedeemError::NotStored)), Err(RedeemError::NotStored));
+        assert_eq!(redeem([1; 32], token.id, now, Ok(())), Ok(()));
+        assert_eq!(redeem([1; 32], token.id, now, Ok(())), Err(RedeemError::Used));
+    }
+
+    #[test]
+    fn of_many_at_once_one_gets_in() {
+        let folder = tempfile::tempdir().unwrap();
+        let book = TokenBook::new(folder.path());
+        let now = OffsetDateTime::now_utc();
+        let token = book.mint([1; 32], NodeId([2; 16]), HOUR, now, &mut rand::rng()).unwrap();
+        let proof = join_proof(&token.secret, &[9; 32], b"csr", "mini", false);
+        let redeem = || {
+            book.redeem([1; 32], token.id, proof, (&[9; 32], b"csr", "mini", false), now, || Ok::<_, RedeemError>(()))
+        };
+        let admitted = std::thread::scope(|scope| {
+            let tries: Vec<_> = (0..8).map(|_| scope.spawn(redeem)).collect();
+            tries.into_iter().map(|t| t.join().unwrap()).filter(Result::is_ok).count()
+        });
+        assert_eq!(admitted, 1);
     }
 
     #[test]

@@ -31,10 +31,10 @@ pub fn read_optional(path: &Path) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// Makes the folder and those above it. The last one is for its owner only, also where it was there before.
+/// Makes the folder and those above it, for their owner only. One that is there keeps its permissions: what we put
+/// into it is private by itself.
 pub fn create_private_dir(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o700))
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// Why a lock is not ours.
@@ -80,7 +80,16 @@ impl FileLock {
     }
 
     fn open(path: &Path) -> io::Result<File> {
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+        // Not through a link: somebody may have put one into a folder that several share.
+        let not_through_links = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(not_through_links)
+            .open(path)
     }
 
     fn sign(mut file: File, path: &Path) -> Result<Self, LockError> {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -63,11 +64,14 @@ fn usable_path(path: &Path) -> io::Result<PathBuf> {
     let absolute = std::path::absolute(path)?;
     let hash: String =
         Sha256::digest(absolute.as_os_str().as_bytes()).iter().take(12).map(|b| format!("{b:02x}")).collect();
-    let user = std::fs::metadata(path.parent().unwrap_or(Path::new("/")))
-        .map(|folder| std::os::unix::fs::MetadataExt::uid(&folder))?;
+    let user = std::fs::metadata(path.parent().unwrap_or(Path::new("/"))).map(|folder| folder.uid())?;
     let folder = std::env::temp_dir().join(format!("ingle-{user}"));
     create_private_dir(&folder)?;
-    // Somebody else's folder of that name is refused: create_private_dir fails to change its permissions.
+    // The temporary folder is everybody's: one that somebody else put there, or a link, is not ours.
+    let found = std::fs::symlink_metadata(&folder)?;
+    if !found.is_dir() || found.uid() != user || found.mode() & 0o077 != 0 {
+        return Err(io::Error::other(format!("{} is not a private folder of this user", folder.display())));
+    }
     Ok(folder.join(format!("{hash}.sock")))
 }
 

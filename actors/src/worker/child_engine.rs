@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::Answer;
@@ -13,6 +14,9 @@ use tokio::time::timeout;
 use super::{ANSWER_BUFFER, SILENCE_LIMIT, WorkerOptions, refused};
 use crate::frames::{FrameError, read_body, read_frame, write_body};
 use crate::platform::{LocalStream, connect};
+
+/// How long a process that has closed its reports may take to end.
+const END_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A running engine process. Dropping it ends the process.
 #[derive(Debug)]
@@ -57,12 +61,21 @@ impl ChildEngine {
         Ok((Self { child, _control: control, socket }, reader))
     }
 
-    /// How the process ended, in words.
+    /// How the process ended, in words. One that has closed its reports and does not end is killed.
     pub async fn ended(&mut self) -> String {
-        match self.child.wait().await {
-            Ok(status) => status.to_string(),
-            Err(error) => error.to_string(),
-        }
+        let status = match timeout(END_DEADLINE, self.child.wait()).await {
+            Ok(status) => status,
+            Err(_) => {
+                let _ = self.child.start_kill();
+                self.child.wait().await
+            }
+        };
+        status.map_or_else(|error| error.to_string(), |status| status.to_string())
+    }
+
+    /// Ends a process that no longer answers.
+    pub async fn kill(&mut self) {
+        let _ = self.child.kill().await;
     }
 
     /// Process id, while it runs.
@@ -90,6 +103,7 @@ pub async fn submit(socket: &Path, request: &Request) -> mpsc::Receiver<Answer> 
 }
 
 async fn relay(mut stream: LocalStream, answers: mpsc::Sender<Answer>) {
+    let mut any_token = false;
     loop {
         let read = tokio::select! {
             biased;
@@ -97,8 +111,8 @@ async fn relay(mut stream: LocalStream, answers: mpsc::Sender<Answer>) {
             () = answers.closed() => return,
             read = timeout(SILENCE_LIMIT, read_frame(&mut stream)) => read,
         };
-        let failed =
-            |kind, message: String| Answer::Failed(Failed { kind, message, retryable: false, migratable: true });
+        let retryable = !any_token;
+        let failed = |kind, message: String| Answer::Failed(Failed { kind, message, retryable, migratable: true });
         let answer = match read {
             Ok(Ok(Some(frame))) => match Answer::from_frame(&frame) {
                 Ok(answer) => answer,
@@ -109,6 +123,7 @@ async fn relay(mut stream: LocalStream, answers: mpsc::Sender<Answer>) {
             }
             Err(_) => failed(FailureKind::WorkerSilent, "the engine went silent in the middle of the answer".into()),
         };
+        any_token |= matches!(answer, Answer::Token(_));
         let last = answer.is_last();
         if answers.send(answer).await.is_err() || last {
             return;

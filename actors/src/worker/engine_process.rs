@@ -81,12 +81,19 @@ async fn serve(options: EngineProcessOptions) -> Result<(), String> {
         .map_err(|error| format!("the socket {}: {error}", options.socket.display()))?;
     let engine = Arc::new(Engine::start(spec));
     let accepting = async {
-        while let Ok(stream) = listener.accept().await {
-            tokio::spawn(answer(engine.clone(), stream));
+        loop {
+            match listener.accept().await {
+                Ok(stream) => drop(tokio::spawn(answer(engine.clone(), stream))),
+                Err(error) => {
+                    // Too many open files, say: that passes.
+                    tracing::warn!(%error, "a connection is not accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
         }
     };
     tokio::select! {
-        () = accepting => Err("the socket broke".into()),
+        ended = accepting => ended,
         ended = report(&engine) => ended,
     }
 }

@@ -11,7 +11,9 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use ingle_protocol::NodeId;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{EnginePulse, Failed, FailureKind, ModelFacts, RefusalKind, Refused, Request};
+use ingle_protocol::wire::v1::{
+    EnginePulse, Failed, FailureKind, ModelFacts, ModelState, RefusalKind, Refused, Request,
+};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -78,7 +80,15 @@ impl Workers {
 
     /// The models of this node.
     pub fn facts(&self, own: NodeId) -> Vec<ModelFacts> {
-        self.all().iter().map(|worker| worker.facts(own)).collect()
+        let draining = self.draining.load(Ordering::Acquire);
+        let facts = |worker: &Arc<dyn Worker>| {
+            let mut facts = worker.facts(own);
+            if draining && facts.state == ModelState::Ready {
+                facts.state = ModelState::Draining;
+            }
+            facts
+        };
+        self.all().iter().map(facts).collect()
     }
 
     /// The engines of this node.
@@ -89,6 +99,11 @@ impl Workers {
     /// Answers that are being given.
     pub fn running(&self) -> u32 {
         self.running.load(Ordering::Acquire)
+    }
+
+    /// One more answer that is being given, until the value is dropped.
+    pub fn hold(&self) -> Running {
+        Running::one_more(&self.running)
     }
 
     /// Takes nothing new from now on.
@@ -104,6 +119,8 @@ impl Workers {
 
     /// Gives the request to the worker that has its content.
     pub async fn submit(&self, request: Request) -> mpsc::Receiver<Answer> {
+        // Counted first and looked at second: a drain that begins in between waits for this request.
+        let running = self.hold();
         if self.draining.load(Ordering::Acquire) {
             return refused(RefusalKind::Draining, "this node is shutting down".into());
         }
@@ -114,7 +131,6 @@ impl Workers {
         let Some(worker) = worker else {
             return refused(RefusalKind::UnknownModel, format!("this node does not have {}", request.model));
         };
-        let running = Running::one_more(&self.running);
         let mut inner = worker.submit(request).await;
         // The count must outlive the answer, wherever the receiver goes.
         let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
@@ -139,7 +155,9 @@ impl Workers {
     }
 }
 
-struct Running(Arc<AtomicU32>);
+/// Counts as an answer that is being given.
+#[derive(Debug)]
+pub struct Running(Arc<AtomicU32>);
 
 impl Running {
     fn one_more(count: &Arc<AtomicU32>) -> Self {

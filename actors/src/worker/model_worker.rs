@@ -10,10 +10,11 @@ use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::{EnginePulse, EngineReport, ModelFacts, ModelState, RefusalKind, Request};
 use ingle_protocol::{EngineId, ModelDigest, NodeId};
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::child_engine::{self, ChildEngine};
-use super::{Worker, Workers, refused};
+use super::{SILENCE_LIMIT, Worker, Workers, refused};
 use crate::models::{ModelStore, default_model};
 use crate::node::{DeviceKind, ModelChoice};
 use crate::supervisor::RestartBudget;
@@ -173,12 +174,14 @@ impl ModelWorker {
             Err(trouble) => return trouble,
         };
         let mut budget = RestartBudget::default();
+        let mut ever_ready = false;
         loop {
             self.set_state(ModelState::Loading);
             let (ended, was_ready) = match self.run_once(file.as_deref()).await {
                 Ok(ended) => ended,
                 Err(error) => return Trouble::Final(format!("the engine process cannot be started: {error}")),
             };
+            ever_ready |= was_ready;
             tracing::warn!(model = self.status().name, ended, "the engine process ended");
             let reported = {
                 let mut status = self.status();
@@ -188,8 +191,8 @@ impl ModelWorker {
                     _ => None,
                 }
             };
-            // What it says of its own model before it was ever ready will be the same the next time.
-            if let (Some(why), false) = (&reported, was_ready) {
+            // What it says of a model that never ran will be the same the next time.
+            if let (Some(why), false) = (&reported, ever_ready) {
                 return Trouble::Final(why.clone());
             }
             let why = reported.unwrap_or(ended);
@@ -216,7 +219,15 @@ impl ModelWorker {
         let (mut child, mut reports) = ChildEngine::spawn(socket, file, digest, &self.options)?;
         tracing::info!(pid = child.pid(), generation, "engine process started");
         let mut was_ready = false;
-        while let Some(report) = reports.recv().await {
+        loop {
+            let report = match timeout(SILENCE_LIMIT, reports.recv()).await {
+                Ok(Some(report)) => report,
+                Ok(None) => break,
+                Err(_) => {
+                    child.kill().await;
+                    return Ok(("it went silent and was killed".into(), was_ready));
+                }
+            };
             let state = report.state.clone();
             let slow_change = {
                 let mut status = self.status();

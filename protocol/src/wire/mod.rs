@@ -125,6 +125,11 @@ impl Head {
         };
         if length > limit { Err(WireError::TooLong { length, limit }) } else { Ok(Self { kind, length }) }
     }
+
+    /// True for frames that this version does not know and may skip.
+    pub fn is_skippable_unknown(self) -> bool {
+        self.kind & SKIPPABLE != 0 && v1::limit_of(self.kind).is_none()
+    }
 }
 
 /// One whole frame, its body not yet decoded.
@@ -137,11 +142,6 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// True for frames that this version does not know and may skip.
-    pub fn is_skippable_unknown(&self) -> bool {
-        self.kind & SKIPPABLE != 0 && v1::limit_of(self.kind).is_none()
-    }
-
     /// The body as a `T`, refused if the kind is another or bytes are left over.
     pub fn decode<T: Body>(&self) -> Result<T, WireError> {
         if self.kind != T::KIND {
