@@ -548,17 +548,19 @@ pub async fn join_offline(state_dir: &Path, name: &str, options: JoinOptions) ->
 }
 
 /// [`Node::mint_token`] for a state directory in which no node runs (a cluster is made where there is none).
-/// `quic_port` is where the node will listen.
+/// `quic` is where the node will listen.
 pub async fn mint_token_offline(
     state_dir: &Path,
     name: &str,
-    quic_port: u16,
+    quic: SocketAddr,
     lifetime: Duration,
 ) -> Result<MintedToken, JoinError> {
     let _lock = open_state_dir(state_dir).map_err(|error| JoinError(error.to_string()))?;
     let identity = load_or_found(state_dir, name).map_err(|error| JoinError(error.to_string()))?;
-    let bound = SocketAddr::from(([0, 0, 0, 0], quic_port));
-    mint(&TokenBook::new(state_dir), &identity, bound, lifetime)
+    if quic.port() == 0 {
+        return Err(JoinError("--quic has port 0: start the node first, its port is not known yet".into()));
+    }
+    mint(&TokenBook::new(state_dir), &identity, quic, lifetime)
 }
 
 /// The name under which a node last ran or joined in the state directory.

@@ -60,12 +60,14 @@ pub struct Reply {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum GatewayError {
     /// No node of the cluster knows the model.
-    #[error("The model `{model}` does not exist here.{}", near_names(.near))]
+    #[error("{}", unknown_model(.model, .near, .known))]
     UnknownModel {
         /// The name asked for.
         model: String,
         /// What was probably meant.
         near: Vec<String>,
+        /// Some of the names that there are.
+        known: Vec<String>,
     },
     /// The model is known, but nobody can answer now.
     #[error("{why}")]
@@ -83,8 +85,18 @@ pub enum GatewayError {
     Failed(Failed),
 }
 
-fn near_names(near: &[String]) -> String {
-    if near.is_empty() { String::new() } else { format!(" Did you mean {}?", near.join(" or ")) }
+/// Says that there is no such model, and what there is instead.
+pub fn unknown_model(model: &str, near: &[String], known: &[String]) -> String {
+    let model: String = model.chars().take(100).collect();
+    let instead = match (near, known) {
+        ([], []) => String::new(),
+        ([], known) => {
+            let some = known.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
+            format!(" There is {some}; `default` means the default one.")
+        }
+        (near, _) => format!(" Did you mean {}?", near.join(" or ")),
+    };
+    format!("The model `{model}` does not exist here.{instead}")
 }
 
 /// A model as the cluster as a whole offers it.

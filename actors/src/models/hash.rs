@@ -104,7 +104,7 @@ impl DigestMemory {
             if Fingerprint::of(&file.metadata()?) != before {
                 return Err(io::Error::other("the file was changed while it was read"));
             }
-            memory.remember(&path, digest);
+            memory.store(&path, before, digest);
             Ok(digest)
         })
         .await
@@ -118,11 +118,17 @@ impl DigestMemory {
 
     /// Remembers what was just read or written. Not being able to costs time only.
     pub(super) fn remember(&self, path: &Path, digest: ModelDigest) {
-        let written = fs::metadata(path).and_then(|file| {
-            let entry = Entry { path: path.to_owned(), file: Fingerprint::of(&file), digest };
-            fs::create_dir_all(&self.dir)?;
-            write_atomically(&self.entry_path(path), &serde_json::to_vec(&entry)?, 0o644)
-        });
+        match fs::metadata(path) {
+            Ok(file) => self.store(path, Fingerprint::of(&file), digest),
+            Err(error) => tracing::debug!(%error, file = %path.display(), "nothing there to be remembered"),
+        }
+    }
+
+    fn store(&self, path: &Path, file: Fingerprint, digest: ModelDigest) {
+        let entry = Entry { path: path.to_owned(), file, digest };
+        let written = fs::create_dir_all(&self.dir)
+            .and_then(|()| Ok(serde_json::to_vec(&entry)?))
+            .and_then(|bytes| write_atomically(&self.entry_path(path), &bytes, 0o600));
         if let Err(error) = written {
             tracing::debug!(%error, file = %path.display(), "the digest of this file will be computed again");
         }

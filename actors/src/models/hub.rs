@@ -20,6 +20,8 @@ const FIRST_ANSWER: Duration = Duration::from_secs(10);
 pub(super) struct HubSource {
     client: Client,
     url: Url,
+    /// The address as it may be shown: without a name and password.
+    shown: String,
     stall: Duration,
 }
 
@@ -31,17 +33,20 @@ impl HubSource {
         file: &str,
         stall: Duration,
     ) -> Result<Self, SourceError> {
-        let mut url: Url = base
-            .parse()
-            .map_err(|error| SourceError::NotAvailable(format!("the hub's address {base:?} is no URL: {error}")))?;
+        let mut url: Url = base.parse().map_err(|error| {
+            SourceError::NotAvailable(format!("the hub's address (INGLE_HUB_URL) is no URL: {error}"))
+        })?;
         if !is_allowed(&url) {
             return Err(SourceError::NotAvailable(format!(
-                "the hub's address {base} must begin with https:// (plain http only within this machine)"
+                "the hub's address (INGLE_HUB_URL) must begin with https:// (plain http only within this machine)"
             )));
         }
         let path = format!("{}/{repository}/resolve/{revision}/{file}", url.path().trim_end_matches('/'));
         url.set_path(&path);
-        Ok(Self { client: http_client(&url)?, url, stall })
+        let mut shown = url.clone();
+        let _ = (shown.set_username(""), shown.set_password(None));
+        shown.set_query(None);
+        Ok(Self { client: http_client(&url)?, url, shown: shown.into(), stall })
     }
 
     /// Sends a request; an answer without the file is an error that says which address answered what.
@@ -53,7 +58,7 @@ impl HubSource {
                 return Err(SourceError::Unreachable(why));
             }
             Ok(Err(error)) if error.is_redirect() => {
-                return Err(SourceError::Refused(format!("{}: {}", self.url, in_words(&error))));
+                return Err(SourceError::Refused(format!("{}: {}", self.shown, in_words(&error))));
             }
             Ok(Err(error)) => {
                 return Err(SourceError::Unreachable(format!("{}: {}", self.host(), in_words(&error))));
@@ -62,11 +67,11 @@ impl HubSource {
         };
         match response.status() {
             StatusCode::OK | StatusCode::PARTIAL_CONTENT => Ok(response),
-            StatusCode::NOT_FOUND => Err(SourceError::Refused(format!("has no such file (404): {}", self.url))),
+            StatusCode::NOT_FOUND => Err(SourceError::Refused(format!("has no such file (404): {}", self.shown))),
             status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
-                Err(SourceError::Unreachable(format!("{} answered {status}; try again later", self.url)))
+                Err(SourceError::Unreachable(format!("{} answered {status}; try again later", self.shown)))
             }
-            status => Err(SourceError::Refused(format!("{} answered {status}", self.url))),
+            status => Err(SourceError::Refused(format!("{} answered {status}", self.shown))),
         }
     }
 
@@ -88,7 +93,7 @@ impl Source for HubSource {
                 response.content_length()
             };
             let size = size.or(job.expected_size).ok_or_else(|| {
-                SourceError::Refused(format!("{} does not say how long the file is, and nobody knows it", self.url))
+                SourceError::Refused(format!("{} does not say how long the file is, and nobody knows it", self.shown))
             })?;
             // A weak tag does not promise equal bytes.
             let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok());

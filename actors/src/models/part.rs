@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -49,7 +50,14 @@ impl Part {
 
     /// Opens the file to be written from `start` on, with the hash of what is before that.
     pub(super) fn open(&self, start: u64, left: &CancellationToken) -> io::Result<(File, Sha256)> {
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&self.path)?;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            // Not through a link that somebody put there.
+            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
+            .open(&self.path)?;
         file.set_len(start)?;
         let mut hasher = Sha256::new();
         let hashed = hash_all((&file).take(start), &mut hasher, left)?;

@@ -41,6 +41,8 @@ impl PipProgram {
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // `python -m` looks for modules in the current folder first: a `pip.py` that lies there is not pip.
+        command.current_dir("/").env("PYTHONSAFEPATH", "1");
         command
     }
 

@@ -18,7 +18,7 @@ use super::hash::{DigestMemory, LocalFileError, LocalModel, local_file};
 use super::part::Part;
 use super::pypi::Usage;
 use super::source::{SourceError, SourceSettings};
-use crate::platform::{FileLock, LockError, available_disk_space};
+use crate::platform::{FileLock, LockError, available_disk_space, is_writable_by_others};
 
 /// How often a node looks whether another one has fetched the file. (Waiting in the lock could not be cancelled.)
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -128,6 +128,11 @@ impl ModelStore {
         let failed = |error| StoreError::Folder { dir: dir.to_owned(), error };
         fs::create_dir_all(dir).map_err(failed)?;
         let dir = fs::canonicalize(dir).map_err(failed)?;
+        // What lies in there is believed to have been checked.
+        if is_writable_by_others(&dir).map_err(failed)? {
+            let why = "others may write to it; choose a folder of this user's own (INGLE_MODEL_CACHE)";
+            return Err(failed(io::Error::other(why)));
+        }
         fs::read_dir(&dir).map_err(|error| StoreError::Folder { dir: dir.clone(), error })?;
         Ok(Self { memory: DigestMemory::new(dir.join("remembered")), dir, settings })
     }
@@ -282,7 +287,7 @@ impl ModelStore {
                     return Err(FetchError::DiskFull { model: model.name.clone(), dir: self.dir.clone() });
                 }
                 Err(error) => {
-                    tracing::info!(model = model.name, source = name, %error, "a source did not give the model");
+                    tracing::warn!("{name}: {error}; on to the next source");
                     failures.push(format!("{name}: {error}"));
                 }
             }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// Writes `bytes` to `path` so that after a crash the file has either its old content or the new, whole:
@@ -20,6 +20,13 @@ pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> 
 /// [`write_atomically`], readable by the owner only.
 pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_atomically(path, bytes, 0o600)
+}
+
+/// True where any other user may write into the folder.
+pub fn is_writable_by_others(folder: &Path) -> io::Result<bool> {
+    let found = fs::metadata(folder)?;
+    let own = rustix::process::geteuid().as_raw();
+    Ok(found.permissions().mode() & 0o002 != 0 || (found.uid() != own && found.uid() != 0))
 }
 
 /// The file's content, `None` where there is no such file.

@@ -28,6 +28,15 @@ fn main_memory() -> Option<u64> {
     }
 }
 
+/// Lets this process open as many files as the system permits at all. Returns how many that are.
+pub fn raise_open_files_limit() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    let now = if setrlimit(Resource::Nofile, raised).is_ok() { limit.maximum } else { limit.current };
+    now.unwrap_or(u64::MAX)
+}
+
 /// Bytes that this user can still write to the file system of `path`.
 pub fn available_disk_space(path: &Path) -> std::io::Result<u64> {
     let stats = rustix::fs::statvfs(path)?;

@@ -7,6 +7,8 @@ mod local_socket;
 mod machine;
 
 pub use child_group::ChildGroup;
-pub use files::{FileLock, LockError, create_private_dir, read_optional, write_atomically, write_private};
+pub use files::{
+    FileLock, LockError, create_private_dir, is_writable_by_others, read_optional, write_atomically, write_private,
+};
 pub use local_socket::{LocalListener, LocalStream, connect};
-pub use machine::{available_disk_space, hardware};
+pub use machine::{available_disk_space, hardware, raise_open_files_limit};

@@ -29,7 +29,7 @@ pub async fn run(settings: &Settings, chat: Chat) -> anyhow::Result<()> {
     let end = loop {
         match client.next(settings.request_timeout + MARGIN).await {
             Ok(Reply::Text(piece)) => {
-                output::print(&piece)?;
+                output::print(&printable(&piece))?;
                 line_is_open = !piece.ends_with('\n');
             }
             Ok(Reply::Finished { node, model, reason }) => {
@@ -46,6 +46,11 @@ pub async fn run(settings: &Settings, chat: Chat) -> anyhow::Result<()> {
         output::print("\n")?;
     }
     end
+}
+
+/// Without control characters: a model's text must not steer the terminal.
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect()
 }
 
 fn standard_input() -> anyhow::Result<String> {

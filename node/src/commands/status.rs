@@ -119,6 +119,8 @@ fn table(rows: &[Vec<String>], numbers: usize) -> String {
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
     let line = |row: &Vec<String>| {
+        // Names come from other machines: they must not steer the terminal.
+        let row: Vec<String> = row.iter().map(|cell| cell.chars().filter(|c| !c.is_control()).collect()).collect();
         let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
             if column >= numbers { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
         });

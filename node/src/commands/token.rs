@@ -28,8 +28,8 @@ pub async fn run(settings: &Settings, token: Token) -> anyhow::Result<()> {
             _ => return Err(unexpected()),
         },
         Err(ControlError::NoNode) => {
-            let port = settings.quic.port;
-            let minted = mint_token_offline(&settings.state_dir, &settings.name, port, token.expires).await?;
+            let quic = settings.quic.resolve().await?;
+            let minted = mint_token_offline(&settings.state_dir, &settings.name, quic, token.expires).await?;
             (minted, false)
         }
         Err(error) => return Err(error.into()),

@@ -8,15 +8,17 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use ingle_actors::Node;
 use ingle_actors::node::{ModelChoice, NodeOptions};
+use ingle_actors::platform::raise_open_files_limit;
 use ingle_actors::protocol::liveness::Health;
 use ingle_actors::protocol::wire::v1::ModelState;
+use tokio::sync::Semaphore;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::progress::Progress;
 use crate::config::{Listen, Settings, is_loopback};
 use crate::control::ControlServer;
 use crate::exit::UsageError;
-use crate::http::{App, Guard, Server, bind, routes};
+use crate::http::{self, App, Guard, Server, bind, routes};
 use crate::output::{complain, say};
 
 /// What is already written must still reach its client when the node has ended.
@@ -42,11 +44,12 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let app = Arc::new(App {
         node: node.clone(),
         body_limit: settings.body_limit,
+        body_memory: Arc::new(Semaphore::new(http::BODY_MEMORY_KIB)),
         request_timeout: settings.request_timeout,
         draining: AtomicBool::new(false),
     });
     let guard = Guard { allowed_hosts: settings.allowed_hosts.clone() };
-    let server = Server::start(listener, routes(app.clone(), guard), settings.connections);
+    let server = Server::start(listener, routes(app.clone(), guard), affordable(settings.connections));
     let control = match ControlServer::start(&settings.state_dir, node.clone(), settings.request_timeout) {
         Ok(control) => control,
         Err(error) => {
@@ -74,6 +77,17 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         Some(why) => Err(anyhow!("The model does not run, and there is no other machine to ask: {why}")),
         None => Ok(()),
     }
+}
+
+/// Each connection can need three file descriptors (its own, one to the engine, one in between); some are for the
+/// rest of the node. Without a limit, idle connections would take them all.
+fn affordable(connections: usize) -> usize {
+    let most = raise_open_files_limit().saturating_sub(128) / 3;
+    let most = usize::try_from(most).unwrap_or(usize::MAX).max(16);
+    if connections > most {
+        tracing::info!(connections, most, "fewer HTTP connections than configured: the system allows too few open files");
+    }
+    connections.min(most)
 }
 
 /// Drains and ends everything. HTTP goes last: while answers finish, new requests still get a clear 503.

@@ -23,6 +23,7 @@ use crate::logging::{LogFormat, LogSettings};
 
 /// The longest request body that a request frame between nodes can carry, in MiB.
 const LARGEST_BODY_MIB: usize = 14;
+const LONGEST_TIME: Duration = Duration::from_secs(7 * 86_400);
 /// The longest name of a node in bytes (what a DNS label holds).
 const LONGEST_NAME: usize = 63;
 
@@ -87,7 +88,7 @@ impl Layer {
             model: text("INGLE_MODEL")?,
             model_cache: path("INGLE_MODEL_CACHE"),
             mdns: mdns.transpose()?,
-            peers: text("INGLE_PEERS")?.map(|list| list.split(',').map(|peer| peer.trim().to_owned()).collect()),
+            peers: text("INGLE_PEERS")?.map(|list| list.split(',').map(|peer| peer.trim().to_owned()).filter(|peer| !peer.is_empty()).collect()),
             drain_limit: text("INGLE_DRAIN_LIMIT")?,
             log_filter: text("INGLE_LOG")?,
             log_format: log_format.transpose()?,
@@ -215,6 +216,12 @@ impl Settings {
             true => Ok(value),
             false => Err(UsageError(format!("[http] {field} is {value}: it must be between 1 and {largest}."))),
         };
+        if let Some(host) = file.http.allowed_hosts.iter().find(|host| host.contains([':', '/'])) {
+            return Err(UsageError(format!("[http] allowed_hosts has `{host}`: write host names, without port or path.")));
+        }
+        if file.http.request_timeout > LONGEST_TIME || drain_limit > LONGEST_TIME {
+            return Err(UsageError("[http] request_timeout and drain_limit can be seven days at most.".into()));
+        }
         if file.http.request_timeout.is_zero() {
             return Err(UsageError("[http] request_timeout is 0: nothing could be answered.".into()));
         }

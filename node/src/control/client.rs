@@ -47,7 +47,8 @@ impl Client {
     pub async fn ask(state_dir: &Path, request: &Request) -> Result<Self, ControlError> {
         let stream = open(&control_socket_path(state_dir)).await?;
         let (reader, mut writer) = stream.into_split();
-        write(&mut writer, request).await?;
+        let writing = tokio::time::timeout(CONNECT_DEADLINE, write(&mut writer, request)).await;
+        writing.map_err(|_| ControlError::Unreachable("it does not read".into()))??;
         Ok(Self { reader: BufReader::new(reader), _writer: writer })
     }
 

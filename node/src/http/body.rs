@@ -1,5 +1,6 @@
 //! Request bodies, with a limit on their length and on the time that they take.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{BodyDataStream, HttpBody};
@@ -7,6 +8,7 @@ use axum::extract::Request;
 use axum::http::{StatusCode, header};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::openai::ApiError;
 
@@ -17,8 +19,37 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const DISCARDED: usize = 64 << 20;
 const DISCARD_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Reads the whole body: at most `limit` bytes.
-pub async fn read(request: Request, limit: usize) -> Result<Bytes, ApiError> {
+/// All bodies that are being read at a time share so many KiB.
+pub const MEMORY_KIB: usize = 64 << 10;
+
+/// A body, with the memory that is set aside for it until it is dropped.
+#[derive(Debug)]
+pub struct Body {
+    bytes: Bytes,
+    _memory: OwnedSemaphorePermit,
+}
+
+impl std::ops::Deref for Body {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// Reads the whole body: at most `limit` bytes, from the `memory` of [`MEMORY_KIB`] that all bodies share.
+pub async fn read(request: Request, limit: usize, memory: &Arc<Semaphore>) -> Result<Body, ApiError> {
+    // A body that does not say its length may become as long as it may.
+    let most = request.body().size_hint().upper().map_or(limit, |upper| (upper as usize).min(limit));
+    let share = u32::try_from((most >> 10) + 1).unwrap_or(u32::MAX).min(MEMORY_KIB as u32);
+    let share = tokio::time::timeout(DEADLINE, memory.clone().acquire_many_owned(share)).await;
+    let Ok(Ok(memory)) = share else {
+        let message = "This node is reading as many request bodies as it can hold.";
+        return Err(ApiError::unavailable("busy", message, Some(Duration::from_secs(2))));
+    };
+    Ok(Body { bytes: read_bytes(request, limit).await?, _memory: memory })
+}
+
+async fn read_bytes(request: Request, limit: usize) -> Result<Bytes, ApiError> {
     let asks_first = request.headers().contains_key(header::EXPECT);
     let body = request.into_body();
     let says_too_long = body.size_hint().lower() > limit as u64;

@@ -40,7 +40,7 @@ impl Guard {
             let text = origin.to_str().unwrap_or_default();
             if !text.split_once("://").is_some_and(|(_, authority)| self.is_ours(authority)) {
                 return Err(ApiError::forbidden(
-                    "Pages of other origins may not use this node: add their host to [http] allowed_hosts.",
+                    "Pages of other origins may not use this node. Ask it from a program, or from a server of yours.",
                 ));
             }
         }

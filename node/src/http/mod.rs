@@ -19,7 +19,9 @@ use axum::http::{Method, Uri};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use ingle_actors::Node;
+use tokio::sync::Semaphore;
 
+pub use body::MEMORY_KIB as BODY_MEMORY_KIB;
 pub use guard::Guard;
 use openai::{ApiError, chat_completions, models};
 pub use server::{Server, bind};
@@ -31,6 +33,8 @@ pub struct App {
     pub node: Arc<Node>,
     /// The longest request body in bytes.
     pub body_limit: usize,
+    /// What all request bodies together may take, in KiB.
+    pub body_memory: Arc<Semaphore>,
     /// How long an answer is still worth something.
     pub request_timeout: Duration,
     /// No new requests any more.

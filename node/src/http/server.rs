@@ -15,9 +15,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// A client that has not sent a request's head after so long is cut off; so is an idle connection.
-const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+const HEAD_DEADLINE: Duration = Duration::from_secs(15);
 /// Rest after an accept that failed for lack of something (file descriptors): trying at once would spin.
-const ACCEPT_REST: Duration = Duration::from_millis(100);
+const ACCEPT_REST: Duration = Duration::from_millis(500);
 
 /// A server that accepts connections until it is told to end.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use super::*;
 const LIMIT: usize = 1 << 20;
 
 async fn length(request: Request) -> Result<String, ApiError> {
-    Ok(body::read(request, LIMIT).await?.len().to_string())
+    Ok(body::read(request, LIMIT, &Arc::new(Semaphore::new(body::MEMORY_KIB))).await?.len().to_string())
 }
 
 async fn slow() -> Response {

@@ -117,6 +117,9 @@ pub async fn create(
     }
 }
 
+/// Bodies from here on, in bytes, are parsed away from the threads that everything else runs on.
+const LARGE_BODY: usize = 256 << 10;
+
 /// How an answer goes on.
 enum Begun {
     /// It is complete.
@@ -132,9 +135,15 @@ async fn answer(
     request: Request,
     log: &mut RequestLog,
 ) -> Result<Begun, ApiError> {
-    let body = body::read(request, app.body_limit).await?;
-    let parsed = request::parse(&body, ingress::random_seed())?;
-    drop(body);
+    let body = body::read(request, app.body_limit, &app.body_memory).await?;
+    let seed = ingress::random_seed();
+    let parsed = if body.len() > LARGE_BODY {
+        // Long enough to hold up the pulses of this node.
+        let parsing = tokio::task::spawn_blocking(move || request::parse(&body, seed));
+        parsing.await.map_err(|error| ApiError::unreadable(format!("The request cannot be read: {error}.")))??
+    } else {
+        request::parse(&body, seed)?
+    };
     context.span.record("principal", &principal);
     if let Some(user) = &parsed.user {
         context.span.record("user", user);

@@ -6,9 +6,30 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
+/// The most values in one body. Each becomes a node in memory that is many times as large as its text.
+const MOST_VALUES: usize = 200_000;
+
 /// Reads `bytes`. The error says where and what.
 pub fn parse(bytes: &[u8]) -> Result<Value, serde_json::Error> {
+    if count_values(bytes) > MOST_VALUES {
+        return Err(Error::custom(format!("it has more than {MOST_VALUES} values")));
+    }
     serde_json::from_slice::<Unique>(bytes).map(|unique| unique.0)
+}
+
+/// At least as many as there are values: what separates or opens them, outside of texts.
+fn count_values(bytes: &[u8]) -> usize {
+    let (mut count, mut in_text, mut escaped) = (1, false, false);
+    for byte in bytes {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b',' | b':' | b'[' | b'{' if !in_text => count += 1,
+            _ => {}
+        }
+    }
+    count
 }
 
 struct Unique(Value);
@@ -86,6 +107,15 @@ mod tests {
         for text in [r#"{"a":[1,-2,3.5,"x\u00e9",null,true,{"b":{}}]}"#, "18446744073709551615", "\"\""] {
             assert_eq!(parse(text.as_bytes()).unwrap(), serde_json::from_str::<Value>(text).unwrap(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_crowd_of_values_is_refused_before_it_takes_memory() {
+        let crowd = format!("[{}0]", r#"{"":0},"#.repeat(MOST_VALUES / 2));
+        assert!(parse(crowd.as_bytes()).unwrap_err().to_string().contains("values"));
+        // Separators within a text are no values.
+        let text = format!("\"{}\"", r#"\",:[{"#.repeat(MOST_VALUES));
+        assert!(parse(text.as_bytes()).is_ok());
     }
 
     #[test]

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::response::Response;
-use ingle_actors::gateway::{DEFAULT_MODEL, OfferedModel};
+use ingle_actors::gateway::{DEFAULT_MODEL, OfferedModel, unknown_model};
 use ingle_actors::protocol::names;
 use serde::Serialize;
 
@@ -54,7 +55,8 @@ pub async fn list(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /v1/models/{id}`.
-pub async fn retrieve(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub async fn retrieve(State(app): State<Arc<App>>, id: Result<Path<String>, PathRejection>) -> Result<Response, ApiError> {
+    let Path(id) = id.map_err(|_| ApiError::no_model("That is no name of a model.".to_owned()))?;
     find(app.node.models(), &id).map(ok)
 }
 
@@ -73,10 +75,8 @@ fn find(models: Vec<OfferedModel>, id: &str) -> Result<Model, ApiError> {
             Err(ApiError::unavailable("model_not_ready", message, Some(Duration::from_secs(5))))
         }
         None => {
-            let near = names::near(id, known.iter().map(String::as_str));
-            let hint = if near.is_empty() { String::new() } else { format!(" Did you mean {}?", near.join(" or ")) };
-            let shown: String = id.chars().take(200).collect();
-            Err(ApiError::no_model(format!("The model `{shown}` does not exist here.{hint}")))
+            let near = names::near(id, known.iter().map(String::as_str)).into_iter().map(str::to_owned);
+            Err(ApiError::no_model(unknown_model(id, &near.collect::<Vec<_>>(), &known)))
         }
     }
 }

@@ -9,6 +9,9 @@ use super::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::json;
 
+/// The longest name of a model, in bytes.
+const LONGEST_NAME: usize = 256;
+
 /// The most stop texts.
 const MOST_STOPS: usize = 4;
 
@@ -40,6 +43,9 @@ pub fn parse(body: &[u8], random_seed: u64) -> Result<CompletionRequest, ApiErro
     let mut fields = Fields::new(value, "")?;
 
     let model = fields.text("model")?.unwrap_or_default();
+    if model.len() > LONGEST_NAME {
+        return Err(ApiError::invalid("model", format!("`model` is longer than {LONGEST_NAME} bytes.")));
+    }
     let messages = messages(&mut fields)?;
     let sampling = Sampling {
         temperature: fields.number("temperature", 0.0..=2.0)?.map_or(DEFAULT_TEMPERATURE, |value| value as f32),
