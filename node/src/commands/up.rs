@@ -11,8 +11,8 @@ use ingle_actors::node::{ModelChoice, NodeOptions};
 use ingle_actors::platform::raise_open_files_limit;
 use ingle_actors::protocol::liveness::Health;
 use ingle_actors::protocol::wire::v1::ModelState;
-use tokio::sync::Semaphore;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Semaphore;
 
 use super::progress::Progress;
 use crate::config::{Listen, Settings, is_loopback};
@@ -85,7 +85,11 @@ fn affordable(connections: usize) -> usize {
     let most = raise_open_files_limit().saturating_sub(128) / 3;
     let most = usize::try_from(most).unwrap_or(usize::MAX).max(16);
     if connections > most {
-        tracing::info!(connections, most, "fewer HTTP connections than configured: the system allows too few open files");
+        tracing::info!(
+            connections,
+            most,
+            "fewer HTTP connections than configured: the system allows too few open files"
+        );
     }
     connections.min(most)
 }

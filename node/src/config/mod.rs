@@ -88,7 +88,9 @@ impl Layer {
             model: text("INGLE_MODEL")?,
             model_cache: path("INGLE_MODEL_CACHE"),
             mdns: mdns.transpose()?,
-            peers: text("INGLE_PEERS")?.map(|list| list.split(',').map(|peer| peer.trim().to_owned()).filter(|peer| !peer.is_empty()).collect()),
+            peers: text("INGLE_PEERS")?.map(|list| {
+                list.split(',').map(|peer| peer.trim().to_owned()).filter(|peer| !peer.is_empty()).collect()
+            }),
             drain_limit: text("INGLE_DRAIN_LIMIT")?,
             log_filter: text("INGLE_LOG")?,
             log_format: log_format.transpose()?,
@@ -217,7 +219,9 @@ impl Settings {
             false => Err(UsageError(format!("[http] {field} is {value}: it must be between 1 and {largest}."))),
         };
         if let Some(host) = file.http.allowed_hosts.iter().find(|host| host.contains([':', '/'])) {
-            return Err(UsageError(format!("[http] allowed_hosts has `{host}`: write host names, without port or path.")));
+            return Err(UsageError(format!(
+                "[http] allowed_hosts has `{host}`: write host names, without port or path."
+            )));
         }
         if file.http.request_timeout > LONGEST_TIME || drain_limit > LONGEST_TIME {
             return Err(UsageError("[http] request_timeout and drain_limit can be seven days at most.".into()));

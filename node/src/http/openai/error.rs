@@ -225,7 +225,8 @@ mod tests {
         assert_eq!(failed(FailureKind::EngineDied).status, 502);
         assert_eq!(failed(FailureKind::EngineDied).code, Some("engine_died"));
         assert_eq!(failed(FailureKind::DeadlineExceeded).status, 504);
-        let unknown: ApiError = GatewayError::UnknownModel { model: "x".into(), near: vec!["xy".into()], known: vec![] }.into();
+        let unknown: ApiError =
+            GatewayError::UnknownModel { model: "x".into(), near: vec!["xy".into()], known: vec![] }.into();
         assert_eq!(unknown.status, 404);
         assert!(unknown.message.contains("xy"));
         assert_eq!(

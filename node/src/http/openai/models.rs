@@ -55,7 +55,10 @@ pub async fn list(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /v1/models/{id}`.
-pub async fn retrieve(State(app): State<Arc<App>>, id: Result<Path<String>, PathRejection>) -> Result<Response, ApiError> {
+pub async fn retrieve(
+    State(app): State<Arc<App>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Response, ApiError> {
     let Path(id) = id.map_err(|_| ApiError::no_model("That is no name of a model.".to_owned()))?;
     find(app.node.models(), &id).map(ok)
 }
