@@ -11,6 +11,7 @@ mod a_guest_cannot_let_others_in;
 mod a_killed_engine_ends_its_answers_in_typed_errors_and_starts_again;
 mod a_killed_worker_node_is_reported_and_comes_back_by_itself;
 mod a_machine_without_a_model_answers_with_the_others;
+mod a_model_that_cannot_be_fetched_is_said;
 mod a_node_that_ends_lets_answers_finish;
 mod a_running_node_joins_and_keeps_its_model;
 mod a_second_connection_disturbs_no_answer;

@@ -124,13 +124,7 @@ async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming, joiners: &Arc<Semaphore>)
         let _ = send.stopped().await;
         return refuse(&why);
     }
-    let link = PeerLink {
-        node: peer.node,
-        incarnation: facts.incarnation,
-        initiator: peer.node,
-        membership: peer.membership,
-        connection: connection.clone(),
-    };
+    let link = PeerLink::new(peer, facts.incarnation, peer.node, connection.clone());
     mesh.hear_of_all(&facts.members);
     if mesh.roster.register(link.clone(), facts) == Registered::Duplicate {
         let _ = write_body(&mut send, &NotWelcome { why: "connected already".into(), duplicate: true }).await;

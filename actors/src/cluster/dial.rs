@@ -215,13 +215,7 @@ async fn greet(mesh: &Arc<Mesh>, target: SocketAddr) -> Result<NodeId, String> {
         connection.close(VarInt::from_u32(1), b"the welcome's name or node id is wrong");
         return Err("its name or node id is wrong".into());
     }
-    let link = PeerLink {
-        node: peer.node,
-        incarnation: welcome.facts.incarnation,
-        initiator: mesh.own_id(),
-        membership: peer.membership,
-        connection: connection.clone(),
-    };
+    let link = PeerLink::new(peer, welcome.facts.incarnation, mesh.own_id(), connection.clone());
     mesh.hear_of_all(&welcome.facts.members);
     if mesh.roster.register(link.clone(), welcome.facts) == Registered::Duplicate {
         connection.close(VarInt::from_u32(0), b"connected already");

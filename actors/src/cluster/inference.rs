@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use ingle_protocol::wire::v1::{Failed, FailureKind, RefusalKind, Refused, Request};
 use ingle_protocol::wire::{Answer, StreamKind};
-use quinn::{Connection, RecvStream, SendStream, VarInt};
+use quinn::{RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::Mesh;
-use super::link::{STREAM_DEADLINE, open_stream};
+use super::link::{PeerLink, STREAM_DEADLINE, open_stream};
 use crate::frames::{FrameError, read_body, read_frame, write_body, write_frame};
 use crate::worker::{ANSWER_BUFFER, SILENCE_LIMIT};
 
@@ -21,20 +21,25 @@ const CLIENT_LEFT: VarInt = VarInt::from_u32(1);
 
 /// Sends the request to a member. The frames of the answer arrive on the channel, which always ends with a last
 /// frame; dropping it cancels the request there.
-pub async fn submit_remote(connection: &Connection, request: &Request) -> Result<mpsc::Receiver<Answer>, Refused> {
+pub async fn submit_remote(link: &PeerLink, request: &Request) -> Result<mpsc::Receiver<Answer>, Refused> {
     let busy = |error: FrameError| Refused {
         kind: RefusalKind::Busy,
         message: format!("the worker node takes no more requests now ({error})"),
         param: None,
         retry_after_ms: Some(1_000),
     };
-    let (mut send, receive) = open_stream(connection, StreamKind::Inference, OPEN_DEADLINE).await.map_err(busy)?;
+    let on_link = link.requests.token();
+    let (mut send, receive) =
+        open_stream(&link.connection, StreamKind::Inference, OPEN_DEADLINE).await.map_err(busy)?;
     match timeout(STREAM_DEADLINE, write_body(&mut send, request)).await {
         Ok(written) => written.map_err(busy)?,
         Err(_) => return Err(busy(FrameError::Ended)),
     }
     let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
-    tokio::spawn(relay_answers(send, receive, answers));
+    tokio::spawn(async move {
+        let _on_link = on_link;
+        relay_answers(send, receive, answers).await;
+    });
     Ok(reader)
 }
 
@@ -110,6 +115,7 @@ pub(super) async fn serve(mesh: Arc<Mesh>, mut send: SendStream, mut receive: Re
             }
             if last {
                 let _ = send.finish();
+                // Until the last frame is acknowledged: who closes the connection before loses it.
                 let _ = timeout(STREAM_DEADLINE, send.stopped()).await;
                 return;
             }

@@ -12,6 +12,7 @@ use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::io::AsyncReadExt;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::{Mesh, authority_stream, inference};
 use crate::frames::{FrameError, read_body, read_frame, write_body};
@@ -21,6 +22,10 @@ use crate::identity::{CertifiedName, Membership};
 pub const STREAM_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a goodbye may take.
 const GOODBYE_DEADLINE: Duration = Duration::from_millis(300);
+/// How long a retired connection still takes new requests.
+const RETIREMENT_GRACE: Duration = Duration::from_secs(1);
+/// Why a connection is closed that has another one beside it.
+pub const REPLACED: &str = "replaced by another connection";
 
 /// A greeted connection to a member.
 #[derive(Debug, Clone)]
@@ -35,9 +40,33 @@ pub struct PeerLink {
     pub membership: Membership,
     /// The connection.
     pub connection: Connection,
+    /// Requests on it, in both directions.
+    pub requests: TaskTracker,
+    retired: CancellationToken,
 }
 
 impl PeerLink {
+    /// A connection that `initiator` opened to or from the run `incarnation` of `peer`.
+    pub fn new(peer: CertifiedName, incarnation: u64, initiator: NodeId, connection: Connection) -> Self {
+        let (requests, retired) = (TaskTracker::new(), CancellationToken::new());
+        let CertifiedName { node, membership } = peer;
+        Self { node, incarnation, initiator, membership, connection, requests, retired }
+    }
+
+    /// Another connection to the same run of the node takes its place: this one ends when its requests have.
+    pub fn retire(&self) {
+        self.retired.cancel();
+    }
+
+    async fn close_when_retired(&self) {
+        self.retired.cancelled().await;
+        // The other side may not know yet, and open one more.
+        tokio::time::sleep(RETIREMENT_GRACE).await;
+        self.requests.close();
+        self.requests.wait().await;
+        self.close(REPLACED);
+    }
+
     /// Ends the connection and says why.
     pub fn close(&self, why: &str) {
         self.connection.close(VarInt::from_u32(0), why.as_bytes());
@@ -78,6 +107,7 @@ pub async fn run(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, membershi
     }
     let reason = tokio::select! {
         reason = connection.closed() => describe(&reason),
+        () = link.close_when_retired() => REPLACED.to_owned(),
         () = mesh.cancel.cancelled() => {
             // The facts task says goodbye; what it sends needs a moment to leave.
             let _ = timeout(GOODBYE_DEADLINE, connection.closed()).await;
@@ -211,7 +241,10 @@ async fn accept_streams(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, ca
                 _ => return,
             };
             match kind {
-                Ok(StreamKind::Inference) => inference::serve(mesh, send, receive).await,
+                Ok(StreamKind::Inference) => {
+                    let _request = link.requests.token();
+                    inference::serve(mesh, send, receive).await;
+                }
                 Ok(StreamKind::Control) => mesh.attach_control(&link, send, receive),
                 Ok(StreamKind::Authority) => {
                     let _ = timeout(STREAM_DEADLINE, authority_stream::serve(&mesh, peer, send, receive)).await;

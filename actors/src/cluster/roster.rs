@@ -10,7 +10,7 @@ use ingle_protocol::wire::v1::{EnginePulse, MemberHint, NodeFacts, Pulse};
 use ingle_protocol::{EngineId, NodeId};
 
 use super::join::is_valid_name;
-use super::link::PeerLink;
+use super::link::{PeerLink, REPLACED};
 
 /// The most members that are remembered; a household has a handful.
 pub const MOST_MEMBERS: usize = 256;
@@ -122,7 +122,7 @@ impl Roster {
     /// Keeps a fresh, greeted connection, unless there is a better one. Two nodes that dial each other at the same
     /// moment both keep the connection that the smaller id opened.
     pub fn register(&self, link: PeerLink, facts: NodeFacts) -> Registered {
-        let (now, node) = (self.now(), link.node);
+        let (now, node, incarnation) = (self.now(), link.node, link.incarnation);
         let mut members = self.lock();
         // A machine that was set up anew has a new id under its old name: the old one does not come back.
         members.retain(|id, member| *id == node || member.link.is_some() || member.name != facts.member.name);
@@ -139,7 +139,8 @@ impl Roster {
             return Registered::Duplicate;
         }
         if let Some(replaced) = member.link.replace(link) {
-            replaced.close("replaced by another connection");
+            // That of an earlier run is dead, whatever it seems; on one of this run answers may be under way.
+            if replaced.incarnation == incarnation { replaced.retire() } else { replaced.close(REPLACED) }
         }
         member.watch.connected(now);
         member.engines.clear();

@@ -287,7 +287,7 @@ impl ModelStore {
                     return Err(FetchError::DiskFull { model: model.name.clone(), dir: self.dir.clone() });
                 }
                 Err(error) => {
-                    tracing::warn!("{name}: {error}; on to the next source");
+                    tracing::warn!("{name} does not give the model: {error}");
                     failures.push(format!("{name}: {error}"));
                 }
             }
