@@ -5,25 +5,35 @@ use crate::harness::*;
 #[tokio::test]
 async fn a_running_node_joins_and_keeps_its_model() {
     let (mut tower, mut mini) = (Machine::new("tower"), Machine::new("mini").model("echo"));
+    let mut attic = Machine::new("attic");
     tower.up().await;
     mini.up().await;
+    // Somebody to say goodbye to, which takes its time.
+    attic.join(&mini).await;
+    attic.up().await;
+    mini.until_alive(&[&attic]).await;
     let engine = mini.engine().await;
     let before = mini.status().await;
-    let stream = mini.stream(&echo("repeat 40 every 50ms: hello ")).await.begun().await;
+    let stream = mini.stream(&echo("repeat 30 every 20ms: hello ")).await.begun().await;
 
     // Requests on the joining machine find its model at any moment.
-    let joining = mini.join(&tower);
+    let (token, address) = tower.token().await;
+    let joining = mini.try_join(&address, &token, &["--leave-current"]);
+    let client = client();
     let asking = async {
         loop {
-            mini.ask(&echo("still there")).await.text();
+            let request = client.post(mini.url("/v1/chat/completions")).json(&echo("still there"));
+            let answer = request.send().await.unwrap();
+            let (status, text) = (answer.status(), answer.text().await.unwrap());
+            assert!(status == 200 && text.contains("still there"), "{status}: {text}");
         }
     };
     tokio::select! {
-        () = joining => {}
+        joined = joining => drop(joined.ok()),
         () = asking => {}
     }
     assert_eq!(mini.ask(&echo("still there")).await.text(), "still there");
-    stream.rest().await.is_whole(&"hello ".repeat(40));
+    stream.rest().await.is_whole(&"hello ".repeat(30));
 
     tower.until_alive(&[&mini]).await;
     mini.until_alive(&[&tower]).await;

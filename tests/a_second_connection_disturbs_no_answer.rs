@@ -1,5 +1,5 @@
 //! Two nodes may dial each other at the same time, or one after the other when an early packet comes through late:
-//! the connection that gives way ends only after the answers on it.
+//! answers that run on the connection that stands are not disturbed.
 
 use crate::harness::*;
 
