@@ -184,17 +184,26 @@ impl Gguf {
     /// Tensors of formats that we can size are checked here, so that a truncated file is refused at once and not
     /// in the middle of loading.
     fn check_extents(&self, alignment: u64) -> Result<(), GgufError> {
+        let mut places = Vec::with_capacity(self.tensors.len());
         for info in self.tensors.values() {
             if !info.offset.is_multiple_of(alignment) {
                 let why = format!("its offset {} is not a multiple of the alignment {alignment}", info.offset);
                 return Err(GgufError::Invalid { what: format!("tensor {}", info.name), why });
             }
-            match crate::dequantize::Format::of(info) {
-                Ok(format) => self.extent(info, format.bytes_for(info)?)?,
-                Err(_) => self.extent(info, 0)?,
-            };
+            places.push(match crate::dequantize::Format::of(info) {
+                Ok(format) => (self.extent(info, format.bytes_for(info)?)?, &info.name),
+                Err(_) => (self.extent(info, 0)?, &info.name),
+            });
         }
-        Ok(())
+        // Tensors that share bytes would make a small file ask for any amount of memory.
+        places.sort_by_key(|(place, _)| place.start);
+        match places.windows(2).find(|pair| pair[1].0.start < pair[0].0.end) {
+            Some(pair) => {
+                let why = format!("it shares bytes with tensor {}", pair[0].1);
+                Err(GgufError::Invalid { what: format!("tensor {}", pair[1].1), why })
+            }
+            None => Ok(()),
+        }
     }
 
     fn extent(&self, info: &TensorInfo, bytes: u64) -> Result<Range<usize>, GgufError> {

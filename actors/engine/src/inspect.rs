@@ -36,7 +36,8 @@ pub fn inspect(path: &Path) -> Result<ModelSummary, EngineError> {
     let context_length = gguf.number(&format!("{architecture}.context_length")).map_err(damaged)?.unwrap_or(0);
     let mut by_format = BTreeMap::<u32, u64>::new();
     for tensor in gguf.tensors() {
-        *by_format.entry(tensor.format).or_default() += tensor.elements;
+        let elements = by_format.entry(tensor.format).or_default();
+        *elements = elements.saturating_add(tensor.elements);
     }
     let main = by_format.iter().max_by_key(|(_, elements)| **elements).map(|(format, _)| *format);
     Ok(ModelSummary {
@@ -44,7 +45,7 @@ pub fn inspect(path: &Path) -> Result<ModelSummary, EngineError> {
         architecture,
         context_length,
         quantization: main.map_or_else(String::new, format_name),
-        parameters: by_format.values().sum(),
+        parameters: by_format.values().fold(0, |sum, elements| sum.saturating_add(*elements)),
         tensor_bytes: gguf.tensors().filter_map(|t| gguf.tensor_bytes(t).ok()).map(|bytes| bytes.len() as u64).sum(),
         file_bytes: gguf.file_bytes(),
     })

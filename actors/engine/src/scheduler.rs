@@ -138,6 +138,12 @@ struct Scheduler {
     lingering: Vec<Lingering>,
 }
 
+/// The longest chunk beside running answers: they should not wait for more than half a second, however slow the
+/// machine. `prefill_rate` in tokens a second, 0 where it is not known.
+fn gentle_chunk(prefill_rate: f32, chunk_size: usize) -> usize {
+    if prefill_rate > 0.0 { ((prefill_rate / 2.0) as usize).clamp(8.min(chunk_size), chunk_size) } else { chunk_size }
+}
+
 impl Scheduler {
     fn serve(&mut self) -> Result<(), EngineError> {
         loop {
@@ -154,7 +160,9 @@ impl Scheduler {
 
     /// Takes what has come in. Waits only where there is nothing to compute.
     fn receive(&mut self) {
-        let computable = self.running.iter().any(Sequence::is_computable) || !self.waiting.is_empty();
+        // Somebody waits and a slot is free, or somebody has a slot and a reader: else there is nothing to do but wait.
+        let admissible = !self.waiting.is_empty() && !self.free.is_empty();
+        let computable = self.running.iter().any(Sequence::is_computable) || admissible;
         if !computable && !self.shared.stopped() {
             let idle = self.running.is_empty() && self.lingering.is_empty();
             let woken = if idle {
@@ -220,6 +228,8 @@ impl Scheduler {
             let Some((first, _)) = priorities.max_by_key(|(_, sequence)| sequence.priority) else { break };
             let mut sequence = self.waiting.remove(first);
             sequence.admit(slot, now);
+            // Behind the prompts that have begun, or a stream of short ones would keep a long one from its end.
+            sequence.last_chunk = self.shared.step.load(Ordering::Relaxed);
             self.running.push(sequence);
         }
         let mut order: Vec<&Sequence> = self.waiting.iter().collect();
@@ -233,6 +243,8 @@ impl Scheduler {
     /// One token of each sequence that has its prompt behind it, and one chunk of one prompt.
     fn step(&mut self) -> Result<(), EngineError> {
         let chunk_size = self.engine.capabilities().chunk.max(1) as usize;
+        let decodes = self.running.iter().any(|sequence| sequence.is_computable() && sequence.left() == 1);
+        let chunk_limit = if decodes { gentle_chunk(self.shared.prefill_rate(), chunk_size) } else { chunk_size };
         let computable = |sequence: &&Sequence| sequence.is_computable();
         let prefill = self.running.iter().filter(computable).filter(|sequence| sequence.left() > 1);
         // Prompts take turns, so that a short one does not wait for a long one.
@@ -243,7 +255,7 @@ impl Scheduler {
                 sequence.next_tokens(1)
             } else if Some(sequence.slot) == prefill {
                 // Chunks end at multiples of their size, so that a prompt is always cut at the same places.
-                let tokens = sequence.next_tokens(chunk_size - sequence.computed % chunk_size);
+                let tokens = sequence.next_tokens((chunk_size - sequence.computed % chunk_size).min(chunk_limit));
                 chunk = tokens.len();
                 tokens
             } else {
@@ -281,8 +293,11 @@ impl Scheduler {
         let mut ended = Vec::new();
         for (row, index) in wanting.into_iter().enumerate() {
             let sequence = &mut self.running[index];
-            let id = sample(logits.row(row), &sequence.sampling, sequence.generated())
-                .ok_or_else(|| EngineError::Step("the logits are not numbers".into()))?;
+            let Some(id) = sample(logits.row(row), &sequence.sampling, sequence.generated()) else {
+                // Its own trouble, and the same wherever it would be tried again.
+                ended.push((index, End::Impossible("the model computed no numbers for this prompt".into())));
+                continue;
+            };
             if let Some(end) = sequence.take(id, &*self.codec, now) {
                 ended.push((index, end));
             }

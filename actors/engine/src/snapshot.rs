@@ -117,6 +117,10 @@ impl Shared {
         observe(&self.decode_rate, tokens_per_second);
     }
 
+    pub fn prefill_rate(&self) -> f32 {
+        f32::from_bits(self.prefill_rate.load(Ordering::Relaxed))
+    }
+
     pub fn decode_rate(&self) -> f32 {
         f32::from_bits(self.decode_rate.load(Ordering::Relaxed))
     }

@@ -26,6 +26,8 @@ use crate::frames::{read_body, write_body, write_frame};
 use crate::node::DeviceKind;
 use crate::platform::{LocalListener, LocalStream};
 
+/// Tokens of one sequence at most, where the model allows more: each of its slots can need memory for all of them.
+const LONGEST_CONTEXT: u32 = 8_192;
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the node tells its child on the command line.
@@ -72,6 +74,7 @@ async fn serve(options: EngineProcessOptions) -> Result<(), String> {
     let source = options.model.map_or(ModelSource::Echo, ModelSource::Gguf);
     let mut spec = EngineSpec::new(source, digest);
     spec.slots = options.slots.max(1);
+    spec.context_length = Some(LONGEST_CONTEXT);
     spec.device = match options.device {
         DeviceKind::Auto => DeviceChoice::Auto,
         DeviceKind::Cpu => DeviceChoice::Cpu,

@@ -1,6 +1,7 @@
 //! Requests on their way in: checked, rendered and tokenized on a thread of their own, so that a long prompt does
 //! not hold up the batch.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender};
@@ -81,7 +82,12 @@ impl Intake {
             if submission.answers.is_closed() {
                 continue;
             }
-            if let Some(sequence) = self.prepare(submission)
+            // Whatever text may make a library panic: that request gets its end by being dropped, and the next its turn.
+            let Ok(prepared) = catch_unwind(AssertUnwindSafe(|| self.prepare(submission))) else {
+                tracing::error!("a request could not be prepared: a library panicked");
+                continue;
+            };
+            if let Some(sequence) = prepared
                 && wake.send(Wake::Sequence(Box::new(sequence))).is_err()
             {
                 break;
@@ -178,6 +184,10 @@ impl Intake {
             );
             refuse(RefusalKind::ContextExceeded, Some("messages"), message)
         };
+        // A message is at least one token, and rendering a crowd of them would take long.
+        if request.messages.len() >= self.context_length as usize {
+            return Err(exceeded(format!("more than {}", request.messages.len())));
+        }
         // No tokenizer makes fewer tokens of so many bytes, and tokenizing them would take long.
         let bytes: usize = request.messages.iter().map(|message| message.content.len()).sum();
         let least = bytes / self.codec.longest().max(1);

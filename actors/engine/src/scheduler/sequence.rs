@@ -47,6 +47,8 @@ pub(crate) struct Times {
 pub(crate) enum End {
     Finished(FinishReason),
     Failed(FailureKind, String),
+    /// This request cannot be answered, here or elsewhere.
+    Impossible(String),
     /// Nobody listens any more.
     Cancelled,
 }
@@ -144,6 +146,11 @@ impl Sequence {
                 let goes_on = matches!(kind, FailureKind::EngineError | FailureKind::ShuttingDown);
                 let retryable = goes_on && self.generated() == 0;
                 self.output.end_now(Answer::Failed(Failed { kind, message, retryable, migratable: goes_on }));
+                None
+            }
+            End::Impossible(message) => {
+                let kind = FailureKind::EngineError;
+                self.output.end_now(Answer::Failed(Failed { kind, message, retryable: false, migratable: false }));
                 None
             }
             End::Cancelled => None,

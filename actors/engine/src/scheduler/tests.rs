@@ -317,7 +317,8 @@ fn the_queue_is_bounded_and_served_by_priority() {
             [("background", Priority::Background), ("normal", Priority::Normal), ("interactive", Priority::Interactive)]
         {
             let waiting = engine.snapshot().waiting;
-            let receiver = submit(&engine, changed("y", |r| r.priority = priority), 64);
+            // Long enough for the order of their ends to be seen by threads that are woken late.
+            let receiver = submit(&engine, changed("repeat 10 every 20ms: y", |r| r.priority = priority), 64);
             until(|| engine.snapshot().waiting > waiting);
             let order = &order;
             scope.spawn(move || {

@@ -15,7 +15,10 @@ pub(super) fn warm_up(engine: &mut dyn StepEngine, shared: &Shared) -> Result<()
     let entry = |position: u32| StepEntry { token: position % vocabulary, slot: 0, position };
     let prompt: Vec<StepEntry> = (0..chunk).map(entry).collect();
     let started = Instant::now();
-    engine.step(&prompt, &[prompt.len() - 1])?;
+    let logits = engine.step(&prompt, &[prompt.len() - 1])?;
+    if logits.row(0).iter().all(|logit| logit.is_nan()) {
+        return Err(EngineError::Step("the model computes no numbers; its file is damaged".into()));
+    }
     shared.observe_prefill(chunk as f32 / started.elapsed().as_secs_f32());
     let mut best = 0.0f32;
     for position in chunk..(chunk + DECODES).min(capabilities_length(engine)) {

@@ -141,7 +141,7 @@ impl Tokenizer {
             }
             starts.push(bytes.len());
         }
-        let longest = tokens.iter().map(String::len).max().unwrap_or(1);
+        let longest = starts.windows(2).map(|place| place[1] - place[0]).max().unwrap_or(1);
         Ok(Self { inner, template, specials, bytes, starts, ends, longest })
     }
 
