@@ -13,7 +13,7 @@ use std::time::Duration;
 
 pub use http::client;
 pub use machine::Machine;
-pub use process::{Ran, finish, is_alive, kill, listening_ports, run};
+pub use process::{Ran, finish, ingle, is_alive, kill, listening_ports, run};
 pub use quic::{Certificate, QuicClient, tls};
 pub use status::Status;
 
