@@ -37,9 +37,10 @@ impl HubSource {
             SourceError::NotAvailable(format!("the hub's address (INGLE_HUB_URL) is no URL: {error}"))
         })?;
         if !is_allowed(&url) {
-            return Err(SourceError::NotAvailable(format!(
+            return Err(SourceError::NotAvailable(
                 "the hub's address (INGLE_HUB_URL) must begin with https:// (plain http only within this machine)"
-            )));
+                    .into(),
+            ));
         }
         let path = format!("{}/{repository}/resolve/{revision}/{file}", url.path().trim_end_matches('/'));
         url.set_path(&path);
