@@ -323,7 +323,9 @@ impl Node {
         let mesh = self.mesh.load_full().ok_or_else(|| JoinError("this node is changing its cluster".into()))?;
         let identity = mesh.identity();
         let bound = SocketAddr::new(self.options.quic.ip(), mesh.port());
-        mint(&mesh.tokens, &identity, bound, lifetime)
+        // fsync takes its time, and tasks that pulse must not wait for it.
+        let minting = tokio::task::spawn_blocking(move || mint(&mesh.tokens, &identity, bound, lifetime));
+        minting.await.map_err(|error| JoinError(error.to_string()))?
     }
 
     /// Takes nothing new, lets running answers finish for at most `limit`, says goodbye, ends the engines.
@@ -502,6 +504,12 @@ async fn join_cluster(
     let admission = cluster::join(&options.address, &token, name, options.guest)
         .await
         .map_err(|error| JoinError(error.to_string()))?;
+    let state_dir = state_dir.to_owned();
+    let storing = tokio::task::spawn_blocking(move || store_admission(&state_dir, admission));
+    storing.await.map_err(|error| JoinError(error.to_string()))?
+}
+
+fn store_admission(state_dir: &Path, admission: cluster::Admission) -> Result<Joined, JoinError> {
     let identity = admission.identity;
     // The members first: an identity without them would have to be found by luck.
     let members = serde_json::json!({ "cluster": identity.cluster, "members": admission.members });

@@ -28,6 +28,8 @@ use crate::identity::{
 const EXPORTER_LABEL: &[u8] = b"EXPORTER-ingle-join-1";
 /// How long each step of a join may take.
 const STEP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the signer may take to decide: it writes to its disk, and a busy one can stand still for seconds.
+const DECISION_DEADLINE: Duration = Duration::from_secs(20);
 /// Clocks further apart are refused: certificates are backdated by an hour only.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(30 * 60);
 
@@ -116,7 +118,7 @@ pub async fn join(address: &str, token: &JoinToken, name: &str, guest: bool) -> 
     let csr = signing_request(&key).map_err(|error| broken(error.to_string()))?;
     let now = OffsetDateTime::now_utc();
     let asking = ask(&connection, token, csr, name, guest, now);
-    let granted = match timeout(STEP_DEADLINE, asking).await {
+    let granted = match timeout(DECISION_DEADLINE + STEP_DEADLINE, asking).await {
         Ok(Ok(Ok(granted))) => granted,
         Ok(Ok(Err(refused))) if refused.kind == JoinRefusalKind::Clock => {
             return Err(JoinFailure::Clock { address: address.into(), why: refused.message });
@@ -231,7 +233,7 @@ fn milliseconds(time: OffsetDateTime) -> u64 {
 /// Answers one machine that wants to join, and ends the connection.
 pub(super) async fn serve(mesh: &Arc<Mesh>, connection: Connection) {
     let address = endpoint::plain(connection.remote_address());
-    match timeout(STEP_DEADLINE, answer(mesh, &connection)).await {
+    match timeout(DECISION_DEADLINE, answer(mesh, &connection)).await {
         Ok(Ok(Ok(name))) => tracing::info!(%address, name, "a machine joined"),
         Ok(Ok(Err(refused))) => tracing::warn!(%address, why = refused.message, "a machine was refused"),
         Ok(Err(error)) => tracing::info!(%address, %error, "a join broke off"),
@@ -240,13 +242,18 @@ pub(super) async fn serve(mesh: &Arc<Mesh>, connection: Connection) {
     connection.close(VarInt::from_u32(0), b"");
 }
 
-async fn answer(mesh: &Mesh, connection: &Connection) -> Result<Result<String, JoinRefused>, FrameError> {
+async fn answer(mesh: &Arc<Mesh>, connection: &Connection) -> Result<Result<String, JoinRefused>, FrameError> {
     let exporter = exporter(connection)?;
-    let (mut send, mut receive) = connection.accept_bi().await.map_err(std::io::Error::from)?;
-    let request = read_body::<JoinRequest, _>(&mut receive).await?;
+    let reading = async {
+        let (send, mut receive) = connection.accept_bi().await.map_err(std::io::Error::from)?;
+        Ok::<_, FrameError>((send, read_body::<JoinRequest, _>(&mut receive).await?))
+    };
+    let (mut send, request) = timeout(STEP_DEADLINE, reading).await.map_err(std::io::Error::from)??;
     let name = request.name.clone();
-    let decision = decide(mesh, request, &exporter, OffsetDateTime::now_utc());
-    let result = match decision {
+    // fsync takes its time, and tasks that pulse must not wait for it.
+    let mesh = mesh.clone();
+    let deciding = tokio::task::spawn_blocking(move || decide(&mesh, request, &exporter, OffsetDateTime::now_utc()));
+    let result = match deciding.await.map_err(std::io::Error::from)? {
         Ok(granted) => {
             write_body(&mut send, &granted).await?;
             Ok(name)

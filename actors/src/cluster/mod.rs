@@ -32,7 +32,7 @@ use tokio_util::task::TaskTracker;
 
 pub use endpoint::{bind, plain};
 pub use inference::submit_remote;
-pub use join::{JoinFailure, join};
+pub use join::{Admission, JoinFailure, join};
 pub use link::PeerLink;
 pub use roster::{Member, Roster};
 
