@@ -320,11 +320,12 @@ impl Mesh {
             }
             match authority_stream::renewed(&mesh, &identity, now).await {
                 Ok(fresh) => {
-                    if let Err(error) = mesh.adopt(fresh) {
-                        tracing::error!(%error, "the renewed certificate cannot be used");
-                    } else {
-                        tracing::info!("certificate renewed");
-                        continue;
+                    let adopting = mesh.clone();
+                    // fsync takes its time, and tasks that pulse must not wait for it.
+                    match tokio::task::spawn_blocking(move || adopting.adopt(fresh)).await {
+                        Ok(Ok(())) => tracing::info!("certificate renewed"),
+                        Ok(Err(error)) => tracing::error!(%error, "the renewed certificate cannot be used"),
+                        Err(error) => std::panic::resume_unwind(error.into_panic()),
                     }
                 }
                 Err(error) => tracing::warn!(error, "the certificate is not renewed yet"),
@@ -371,6 +372,9 @@ pub fn remembered_names(state_dir: &std::path::Path, cluster: ingle_protocol::Cl
     let file = read_members(state_dir).filter(|file| file.cluster == cluster);
     file.into_iter().flat_map(|file| file.members).map(|member| member.name).collect()
 }
+
+#[cfg(test)]
+mod tests;
 
 const HOUR: Duration = Duration::from_secs(3600);
 

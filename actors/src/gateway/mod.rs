@@ -1,6 +1,8 @@
 //! Where a request enters: find the model, choose a worker, watch the answer.
 
+mod offers;
 mod router;
+mod watch;
 
 use std::time::Duration;
 

@@ -6,21 +6,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwapOption;
-use ingle_engine::DEFAULT_READER_DEADLINE as READER_DEADLINE;
 use ingle_protocol::liveness::Health;
 use ingle_protocol::names::near;
 use ingle_protocol::routing::{Candidate, Demand, pick};
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{
-    Accepted, EnginePulse, Failed, FailureKind, ModelFacts, ModelState, RefusalKind, Refused, Request,
-};
+use ingle_protocol::wire::v1::{Accepted, EnginePulse, Failed, FailureKind, ModelState, RefusalKind, Refused, Request};
 use ingle_protocol::{EngineId, ModelDigest, NodeId};
 use tokio::sync::mpsc;
-use tokio::time::{timeout, timeout_at};
+use tokio::time::timeout_at;
 use tracing::Instrument;
 
+use super::offers::{Offer, default_name};
+use super::watch::{Place, Watch, broken, out_of_time};
 use super::{ChatRequest, DEFAULT_MODEL, GatewayError, OfferedModel, Reply};
-use crate::cluster::{Mesh, PeerLink, submit_remote};
+use crate::cluster::{Mesh, submit_remote};
 use crate::monitor::{Latencies, Outcome, Timeline, request_span};
 use crate::worker::{ANSWER_BUFFER, Workers};
 
@@ -45,34 +44,6 @@ pub struct Gateway {
     open: Arc<AtomicU32>,
     /// Latencies of what entered here.
     pub latencies: Arc<Latencies>,
-}
-
-/// A model on a node, as the router sees it.
-struct Offer {
-    node: NodeId,
-    node_name: String,
-    health: Health,
-    facts: ModelFacts,
-    pulse: Option<EnginePulse>,
-    /// `None` for this node itself.
-    link: Option<PeerLink>,
-    local: bool,
-}
-
-impl Offer {
-    fn can_answer(&self) -> bool {
-        self.facts.state == ModelState::Ready
-            && self.facts.engine.is_some()
-            && self.facts.digest.is_some()
-            && (self.local || (self.health == Health::Alive && self.link.is_some()))
-    }
-
-    fn in_words(&self) -> String {
-        match &self.health {
-            Health::Alive => format!("on {} it is {}", self.node_name, self.facts.state.words()),
-            other => format!("{} is {} ({})", self.node_name, other.word(), other.why()),
-        }
-    }
 }
 
 impl Gateway {
@@ -376,106 +347,4 @@ enum Choice {
     Nobody(GatewayError),
     /// All who could be asked were.
     Tried(Refused),
-}
-
-/// The name that `default` stands for: this node's own model, else the first default of the others, ready ones first.
-fn default_name(offers: &[Offer]) -> Option<String> {
-    offers
-        .iter()
-        .filter(|offer| offer.facts.is_default)
-        .min_by_key(|offer| (!offer.can_answer(), !offer.local, offer.node))
-        .map(|offer| offer.facts.name.clone())
-}
-
-fn broken() -> Answer {
-    let message = "the worker gave up in the middle of the answer".to_owned();
-    Answer::Failed(Failed { kind: FailureKind::ConnectionLost, message, retryable: false, migratable: true })
-}
-
-fn too_slow() -> Answer {
-    let message = format!("nobody read the answer for {} s", READER_DEADLINE.as_secs());
-    Answer::Failed(Failed { kind: FailureKind::ReaderTooSlow, message, retryable: false, migratable: false })
-}
-
-fn out_of_time() -> Answer {
-    let message = "the request's time was up before its answer was complete".to_owned();
-    Answer::Failed(Failed { kind: FailureKind::DeadlineExceeded, message, retryable: false, migratable: false })
-}
-
-/// Counts a request for as long as it lives.
-struct Place([Arc<AtomicU32>; 2]);
-
-impl Place {
-    fn take(counts: [Arc<AtomicU32>; 2]) -> Self {
-        for count in &counts {
-            count.fetch_add(1, Ordering::AcqRel);
-        }
-        Self(counts)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        for count in &self.0 {
-            count.fetch_sub(1, Ordering::AcqRel);
-        }
-    }
-}
-
-/// Passes a begun answer on and measures it. Ends when the answer or its reader does.
-struct Watch {
-    timeline: Timeline,
-    latencies: Arc<Latencies>,
-    node: String,
-    model: String,
-    deadline: Instant,
-    _place: Place,
-}
-
-impl Watch {
-    async fn run(mut self, first: Option<Answer>, mut inner: mpsc::Receiver<Answer>, answers: mpsc::Sender<Answer>) {
-        let mut next = first;
-        // The channel is new, so there is room.
-        let Ok(last_word) = answers.clone().try_reserve_owned() else { return };
-        // Until its end came through, an answer that ends here ends because its client left.
-        let mut outcome = Outcome::Cancelled;
-        loop {
-            let answer = match next.take() {
-                Some(answer) => answer,
-                None => {
-                    let answer = tokio::select! {
-                        biased;
-                        // The client left: dropping `inner` tells the worker.
-                        () = answers.closed() => break,
-                        answer = timeout_at(self.deadline.into(), inner.recv()) => {
-                            answer.map_or_else(|_| out_of_time(), |answer| answer.unwrap_or_else(broken))
-                        }
-                    };
-                    self.timeline.observe(&answer, Instant::now());
-                    answer
-                }
-            };
-            let last = answer.is_last();
-            let ended = if matches!(answer, Answer::Finished(_)) { Outcome::Finished } else { Outcome::Failed };
-            // Progress has done its work when it arrived here.
-            let passes_on = matches!(answer, Answer::Token(_) | Answer::Finished(_) | Answer::Failed(_));
-            if passes_on {
-                match timeout(READER_DEADLINE, answers.send(answer)).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(_)) => break,
-                    // Whatever lies in buffers on the way: nobody holds a place for ever by not reading.
-                    Err(_) => {
-                        last_word.send(too_slow());
-                        outcome = Outcome::Failed;
-                        break;
-                    }
-                }
-            }
-            if last {
-                outcome = ended;
-                break;
-            }
-        }
-        self.timeline.close(&self.latencies, &self.node, &self.model, outcome, Instant::now());
-    }
 }

@@ -1,7 +1,10 @@
 //! One node, put together: read it top to bottom.
 
+mod joining;
+mod options;
+mod state_dir;
+
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
@@ -9,168 +12,21 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwapOption;
 use ingle_protocol::NodeId;
 use ingle_protocol::wire::v1::{MemberHint, ModelState, NodeFacts};
-use serde::{Deserialize, Serialize};
-use time::OffsetDateTime;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use joining::{control_socket_path, join_offline, mint_token_offline, remembered_name};
+pub use options::{DeviceKind, JoinError, JoinOptions, Joined, MintedToken, ModelChoice, NodeOptions, StartError};
+
 use crate::cluster::{self, Mesh, MeshOptions};
 use crate::gateway::{ChatRequest, Gateway, GatewayError, OfferedModel, Reply};
-use crate::identity::{Authority, Identity, JoinToken, TokenBook};
+use crate::identity::Identity;
 use crate::monitor::ClusterStatus;
-use crate::platform::{FileLock, LockError, create_private_dir, hardware, write_private};
+use crate::platform::{FileLock, create_private_dir, hardware};
 use crate::supervisor::{Service, Supervision};
 use crate::worker::{ModelWorker, WorkerOptions, Workers};
-
-/// Which model a node runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ModelChoice {
-    /// The default model, fetched where it is missing.
-    Default,
-    /// A GGUF file, taken as it is.
-    File(PathBuf),
-    /// The deterministic engine for tests.
-    Echo,
-}
-
-/// What an engine computes on.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DeviceKind {
-    /// A GPU where this build can use one and finds one, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// A GPU, software ones included; the model fails without one.
-    Gpu,
-}
-
-impl DeviceKind {
-    /// The name in settings and on the engine's command line.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Cpu => "cpu",
-            Self::Gpu => "gpu",
-        }
-    }
-}
-
-impl std::str::FromStr for DeviceKind {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        [Self::Auto, Self::Cpu, Self::Gpu]
-            .into_iter()
-            .find(|kind| kind.as_str() == text)
-            .ok_or_else(|| format!("there is no device `{text}`: write auto, cpu or gpu"))
-    }
-}
-
-/// What a node needs to know to start.
-#[derive(Debug, Clone)]
-pub struct NodeOptions {
-    /// Identity, members, locks. Made where it is missing.
-    pub state_dir: PathBuf,
-    /// The QUIC socket.
-    pub quic: SocketAddr,
-    /// Where this node's HTTP answers, to be told to others.
-    pub http: SocketAddr,
-    /// The node's name.
-    pub name: String,
-    /// Find and be found on the LAN.
-    pub mdns: bool,
-    /// Addresses of members that are always tried.
-    pub peers: Vec<String>,
-    /// The model to run; `None` for none.
-    pub model: Option<ModelChoice>,
-    /// What the model computes on.
-    pub device: DeviceKind,
-    /// Where model files are kept; shared by all nodes of the machine.
-    pub model_cache: PathBuf,
-    /// Environment variables for the engine processes (how they log).
-    pub engine_environment: Vec<(String, String)>,
-}
-
-/// Why a node does not start, with what to do about it.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The state directory cannot be used.
-    #[error("The state directory {path} cannot be used: {why}")]
-    StateDir {
-        /// The directory.
-        path: PathBuf,
-        /// Why, and what to do.
-        why: String,
-    },
-    /// Another node runs there.
-    #[error(
-        "Another node (process {holder}) uses the state directory {path}. Stop it first, or give this one its own with --state-dir."
-    )]
-    AlreadyRunning {
-        /// The directory.
-        path: PathBuf,
-        /// Its process id.
-        holder: String,
-    },
-    /// The QUIC socket cannot be opened.
-    #[error("The QUIC address {address} cannot be used: {why}")]
-    Quic {
-        /// The address.
-        address: SocketAddr,
-        /// Why, and what to do.
-        why: String,
-    },
-    /// The identity on disk is damaged.
-    #[error("{0}")]
-    Identity(String),
-    /// The model cannot be used at all (a file that is not there or is no model).
-    #[error("{0}")]
-    Model(String),
-    /// Anything else.
-    #[error("{0}")]
-    Other(String),
-}
-
-/// A join that did not work, with what to do about it.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct JoinError(pub String);
-
-/// A join that did.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Joined {
-    /// The cluster that this node belongs to now.
-    pub cluster: String,
-    /// The node's id there.
-    pub node: String,
-    /// Names of the members that it knows now.
-    pub members: Vec<String>,
-}
-
-/// A request to join.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct JoinOptions {
-    /// `host` or `host:port` of any full member: the one that printed the token.
-    pub address: String,
-    /// The token.
-    pub token: String,
-    /// Do not ask for the authority's key.
-    pub guest: bool,
-    /// Leave a cluster with other members for it.
-    pub leave_current: bool,
-}
-
-/// A fresh token.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MintedToken {
-    /// The text to give to the other machine.
-    pub token: String,
-    /// Seconds until it is worth nothing.
-    pub expires_in_s: u64,
-    /// `host:port` addresses under which this node can be joined, the most promising first.
-    pub addresses: Vec<String>,
-}
+use joining::{join_cluster, mint};
+use state_dir::{check_model_file, load_or_found, open_state_dir, quic_error, state_dir_error};
 
 /// A running node.
 #[derive(Debug)]
@@ -430,154 +286,4 @@ fn own_facts(options: &NodeOptions, endpoint: &quinn::Endpoint, identity: &Ident
         models: workers.facts(node),
         members: Vec::new(),
     }
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// The state directory
-
-fn state_dir_error(path: &Path, error: &std::io::Error) -> StartError {
-    let why = format!("{error}. Give a directory that you may write to with --state-dir.");
-    StartError::StateDir { path: path.to_owned(), why }
-}
-
-fn open_state_dir(path: &Path) -> Result<FileLock, StartError> {
-    create_private_dir(path).map_err(|error| state_dir_error(path, &error))?;
-    FileLock::try_acquire(&path.join("lock")).map_err(|error| match error {
-        LockError::Held { holder } => StartError::AlreadyRunning { path: path.to_owned(), holder },
-        LockError::Io(error) => state_dir_error(path, &error),
-    })
-}
-
-fn load_or_found(state_dir: &Path, name: &str) -> Result<Identity, StartError> {
-    let wrong = |error: crate::identity::IdentityError| StartError::Identity(error.to_string());
-    if let Some(mut identity) = Identity::load(state_dir).map_err(wrong)? {
-        if identity.name != name {
-            name.clone_into(&mut identity.name);
-            identity.store(state_dir).map_err(wrong)?;
-        }
-        return Ok(identity);
-    }
-    let node = NodeId(rand::random());
-    let identity = Identity::found_cluster(node, name, OffsetDateTime::now_utc()).map_err(wrong)?;
-    identity.store(state_dir).map_err(wrong)?;
-    Ok(identity)
-}
-
-fn quic_error(address: SocketAddr, error: &std::io::Error) -> StartError {
-    let advice = match error.kind() {
-        std::io::ErrorKind::AddrInUse => "another program, perhaps another node, uses it; choose another with --quic",
-        std::io::ErrorKind::PermissionDenied => "ports below 1024 need more rights; choose another with --quic",
-        std::io::ErrorKind::AddrNotAvailable => "this machine does not have that address; choose another with --quic",
-        _ => "choose another with --quic",
-    };
-    StartError::Quic { address, why: format!("{error}: {advice}") }
-}
-
-fn check_model_file(path: &Path) -> Result<(), StartError> {
-    ingle_engine::inspect(path).map(drop).map_err(|error| StartError::Model(error.to_string()))
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// Joining and tokens
-
-async fn join_cluster(
-    state_dir: &Path,
-    name: &str,
-    options: &JoinOptions,
-    others: Vec<String>,
-) -> Result<Joined, JoinError> {
-    let token: JoinToken =
-        options.token.parse().map_err(|error: crate::identity::TokenError| JoinError(error.to_string()))?;
-    let current = Identity::load(state_dir).map_err(|error| JoinError(error.to_string()))?;
-    if let Some(current) = &current {
-        if Authority::fingerprint(&current.authority) == token.authority_hash {
-            return Err(JoinError("this node is a member of that cluster already; `ingle status` shows it".into()));
-        }
-        if !others.is_empty() && !options.leave_current {
-            return Err(JoinError(format!(
-                "this node belongs to a cluster with other members ({}). To leave them for the other cluster, add \
-                 --leave-current; to keep both, start another node with its own --state-dir.",
-                others.join(", ")
-            )));
-        }
-    }
-    let admission = cluster::join(&options.address, &token, name, options.guest)
-        .await
-        .map_err(|error| JoinError(error.to_string()))?;
-    let state_dir = state_dir.to_owned();
-    let storing = tokio::task::spawn_blocking(move || store_admission(&state_dir, admission));
-    storing.await.map_err(|error| JoinError(error.to_string()))?
-}
-
-fn store_admission(state_dir: &Path, admission: cluster::Admission) -> Result<Joined, JoinError> {
-    let identity = admission.identity;
-    // The members first: an identity without them would have to be found by luck.
-    let members = serde_json::json!({ "cluster": identity.cluster, "members": admission.members });
-    serde_json::to_vec_pretty(&members)
-        .map_err(std::io::Error::other)
-        .and_then(|bytes| write_private(&state_dir.join(cluster::MEMBERS_FILE), &bytes))
-        .map_err(|error| JoinError(format!("the members cannot be stored: {error}")))?;
-    identity.store(state_dir).map_err(|error| JoinError(error.to_string()))?;
-    Ok(Joined {
-        cluster: identity.cluster.to_string(),
-        node: identity.names.node.to_string(),
-        members: admission.members.into_iter().map(|member| member.name).collect(),
-    })
-}
-
-fn mint(
-    book: &TokenBook,
-    identity: &Identity,
-    bound: SocketAddr,
-    lifetime: Duration,
-) -> Result<MintedToken, JoinError> {
-    if identity.signer.is_none() {
-        return Err(JoinError("this node is a guest of its cluster: print the token on a full member".into()));
-    }
-    let hash = Authority::fingerprint(&identity.authority);
-    let token = book
-        .mint(hash, identity.names.node, lifetime, OffsetDateTime::now_utc(), &mut rand::rng())
-        .map_err(|error| JoinError(format!("the token cannot be stored: {error}")))?;
-    let mut addresses = cluster::reachable_addresses(bound);
-    if addresses.is_empty() {
-        addresses.push(format!("127.0.0.1:{}", bound.port()));
-    }
-    Ok(MintedToken { token: token.to_text(), expires_in_s: lifetime.as_secs(), addresses })
-}
-
-/// [`Node::join`] for a state directory in which no node runs. `name` is the name that the node would like.
-pub async fn join_offline(state_dir: &Path, name: &str, options: JoinOptions) -> Result<Joined, JoinError> {
-    let _lock = open_state_dir(state_dir).map_err(|error| JoinError(error.to_string()))?;
-    let others = match Identity::load(state_dir) {
-        Ok(Some(identity)) => cluster::remembered_names(state_dir, identity.cluster),
-        _ => Vec::new(),
-    };
-    join_cluster(state_dir, name, &options, others).await
-}
-
-/// [`Node::mint_token`] for a state directory in which no node runs (a cluster is made where there is none).
-/// `quic` is where the node will listen.
-pub async fn mint_token_offline(
-    state_dir: &Path,
-    name: &str,
-    quic: SocketAddr,
-    lifetime: Duration,
-) -> Result<MintedToken, JoinError> {
-    let _lock = open_state_dir(state_dir).map_err(|error| JoinError(error.to_string()))?;
-    let identity = load_or_found(state_dir, name).map_err(|error| JoinError(error.to_string()))?;
-    if quic.port() == 0 {
-        return Err(JoinError("--quic has port 0: start the node first, its port is not known yet".into()));
-    }
-    mint(&TokenBook::new(state_dir), &identity, quic, lifetime)
-}
-
-/// The name under which a node last ran or joined in the state directory.
-pub fn remembered_name(state_dir: &Path) -> Option<String> {
-    // A damaged identity is said where it is needed.
-    Identity::load(state_dir).ok().flatten().map(|identity| identity.name)
-}
-
-/// The path of the control socket of a node that runs in `state_dir`.
-pub fn control_socket_path(state_dir: &Path) -> PathBuf {
-    state_dir.join("control.sock")
 }

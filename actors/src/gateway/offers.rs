@@ -1,0 +1,44 @@
+//! What the nodes of the cluster offer, as the router sees it.
+
+use ingle_protocol::NodeId;
+use ingle_protocol::liveness::Health;
+use ingle_protocol::wire::v1::{EnginePulse, ModelFacts, ModelState};
+
+use crate::cluster::PeerLink;
+
+/// A model on a node, as the router sees it.
+pub(super) struct Offer {
+    pub node: NodeId,
+    pub node_name: String,
+    pub health: Health,
+    pub facts: ModelFacts,
+    pub pulse: Option<EnginePulse>,
+    /// `None` for this node itself.
+    pub link: Option<PeerLink>,
+    pub local: bool,
+}
+
+impl Offer {
+    pub fn can_answer(&self) -> bool {
+        self.facts.state == ModelState::Ready
+            && self.facts.engine.is_some()
+            && self.facts.digest.is_some()
+            && (self.local || (self.health == Health::Alive && self.link.is_some()))
+    }
+
+    pub fn in_words(&self) -> String {
+        match &self.health {
+            Health::Alive => format!("on {} it is {}", self.node_name, self.facts.state.words()),
+            other => format!("{} is {} ({})", self.node_name, other.word(), other.why()),
+        }
+    }
+}
+
+/// The name that `default` stands for: this node's own model, else the first default of the others, ready ones first.
+pub(super) fn default_name(offers: &[Offer]) -> Option<String> {
+    offers
+        .iter()
+        .filter(|offer| offer.facts.is_default)
+        .min_by_key(|offer| (!offer.can_answer(), !offer.local, offer.node))
+        .map(|offer| offer.facts.name.clone())
+}

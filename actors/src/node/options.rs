@@ -1,0 +1,156 @@
+//! What a node is started with, what it answers, and why it does not start.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Which model a node runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelChoice {
+    /// The default model, fetched where it is missing.
+    Default,
+    /// A GGUF file, taken as it is.
+    File(PathBuf),
+    /// The deterministic engine for tests.
+    Echo,
+}
+
+/// What an engine computes on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// A GPU where this build can use one and finds one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU, software ones included; the model fails without one.
+    Gpu,
+}
+
+impl DeviceKind {
+    /// The name in settings and on the engine's command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Cpu => "cpu",
+            Self::Gpu => "gpu",
+        }
+    }
+}
+
+impl std::str::FromStr for DeviceKind {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Auto, Self::Cpu, Self::Gpu]
+            .into_iter()
+            .find(|kind| kind.as_str() == text)
+            .ok_or_else(|| format!("there is no device `{text}`: write auto, cpu or gpu"))
+    }
+}
+
+/// What a node needs to know to start.
+#[derive(Debug, Clone)]
+pub struct NodeOptions {
+    /// Identity, members, locks. Made where it is missing.
+    pub state_dir: PathBuf,
+    /// The QUIC socket.
+    pub quic: SocketAddr,
+    /// Where this node's HTTP answers, to be told to others.
+    pub http: SocketAddr,
+    /// The node's name.
+    pub name: String,
+    /// Find and be found on the LAN.
+    pub mdns: bool,
+    /// Addresses of members that are always tried.
+    pub peers: Vec<String>,
+    /// The model to run; `None` for none.
+    pub model: Option<ModelChoice>,
+    /// What the model computes on.
+    pub device: DeviceKind,
+    /// Where model files are kept; shared by all nodes of the machine.
+    pub model_cache: PathBuf,
+    /// Environment variables for the engine processes (how they log).
+    pub engine_environment: Vec<(String, String)>,
+}
+
+/// Why a node does not start, with what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The state directory cannot be used.
+    #[error("The state directory {path} cannot be used: {why}")]
+    StateDir {
+        /// The directory.
+        path: PathBuf,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// Another node runs there.
+    #[error(
+        "Another node (process {holder}) uses the state directory {path}. Stop it first, or give this one its own with --state-dir."
+    )]
+    AlreadyRunning {
+        /// The directory.
+        path: PathBuf,
+        /// Its process id.
+        holder: String,
+    },
+    /// The QUIC socket cannot be opened.
+    #[error("The QUIC address {address} cannot be used: {why}")]
+    Quic {
+        /// The address.
+        address: SocketAddr,
+        /// Why, and what to do.
+        why: String,
+    },
+    /// The identity on disk is damaged.
+    #[error("{0}")]
+    Identity(String),
+    /// The model cannot be used at all (a file that is not there or is no model).
+    #[error("{0}")]
+    Model(String),
+    /// Anything else.
+    #[error("{0}")]
+    Other(String),
+}
+
+/// A join that did not work, with what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct JoinError(pub String);
+
+/// A join that did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joined {
+    /// The cluster that this node belongs to now.
+    pub cluster: String,
+    /// The node's id there.
+    pub node: String,
+    /// Names of the members that it knows now.
+    pub members: Vec<String>,
+}
+
+/// A request to join.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JoinOptions {
+    /// `host` or `host:port` of any full member: the one that printed the token.
+    pub address: String,
+    /// The token.
+    pub token: String,
+    /// Do not ask for the authority's key.
+    pub guest: bool,
+    /// Leave a cluster with other members for it.
+    pub leave_current: bool,
+}
+
+/// A fresh token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MintedToken {
+    /// The text to give to the other machine.
+    pub token: String,
+    /// Seconds until it is worth nothing.
+    pub expires_in_s: u64,
+    /// `host:port` addresses under which this node can be joined, the most promising first.
+    pub addresses: Vec<String>,
+}
