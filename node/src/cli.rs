@@ -83,7 +83,7 @@ pub struct Up {
     /// Where to talk to other nodes (UDP): address, address:port or port [env: INGLE_QUIC] [default: [::]:11436]
     #[arg(long, value_name = "ADDR")]
     pub quic: Option<String>,
-    /// The node's name, unique in its cluster [env: INGLE_NAME] [default: the host name]
+    /// The node's name, unique in its cluster [env: INGLE_NAME] [default: its last one, else the host name]
     #[arg(long)]
     pub name: Option<String>,
     /// The model: `default`, a path to a GGUF file, or `none` (`echo` is for tests) [env: INGLE_MODEL] [default:
@@ -121,7 +121,7 @@ pub struct Join {
     /// Leave the present cluster also when it has other members
     #[arg(long)]
     pub leave_current: bool,
-    /// This node's name in the cluster, where no node runs here [env: INGLE_NAME] [default: the host name]
+    /// This node's name in the cluster, where no node runs here [env: INGLE_NAME] [default: its last one, else the host name]
     #[arg(long)]
     pub name: Option<String>,
 }
