@@ -121,7 +121,8 @@ pub struct Join {
     /// Leave the present cluster also when it has other members
     #[arg(long)]
     pub leave_current: bool,
-    /// This node's name in the cluster, where no node runs here [env: INGLE_NAME] [default: its last one, else the host name]
+    /// This node's name in the cluster, where no node runs here [env: INGLE_NAME] [default: its last one,
+    /// else the host name]
     #[arg(long)]
     pub name: Option<String>,
 }
