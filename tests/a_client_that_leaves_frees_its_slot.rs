@@ -1,5 +1,9 @@
 //! Whoever does not wait for the end of an answer ends it, however far away it is computed.
 
+use std::process::Stdio;
+
+use tokio::io::AsyncReadExt;
+
 use crate::harness::*;
 
 #[tokio::test]
@@ -26,6 +30,16 @@ async fn a_client_that_leaves_frees_its_slot() {
             }
             tower.until_running(0).await;
         }
+
+        // Ctrl-C in the middle of `ingle chat`.
+        let mut command = ingle();
+        command.args(["chat", LONG, "--model", "echo", "--state-dir"]).arg(machine.state_dir());
+        let mut chat = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut first = [0; 1];
+        chat.stdout.as_mut().unwrap().read_exact(&mut first).await.unwrap();
+        kill(chat.id().unwrap(), Signal::INT);
+        assert!(!chat.wait().await.unwrap().success());
+        tower.until_running(0).await;
     }
     mini.until("the gateway sees it, too", |status| status.running("tower") == 0).await;
     let status = tower.status().await;
