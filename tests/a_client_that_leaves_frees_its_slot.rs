@@ -31,14 +31,16 @@ async fn a_client_that_leaves_frees_its_slot() {
             tower.until_running(0).await;
         }
 
-        // Ctrl-C in the middle of `ingle chat`.
+        // `ingle chat` is ended in the middle (not by SIGINT, which a test run in the background may ignore).
         let mut command = ingle();
         command.args(["chat", LONG, "--model", "echo", "--state-dir"]).arg(machine.state_dir());
         let mut chat = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut first = [0; 1];
-        chat.stdout.as_mut().unwrap().read_exact(&mut first).await.unwrap();
-        kill(chat.id().unwrap(), Signal::INT);
-        assert!(!chat.wait().await.unwrap().success());
+        let reading = chat.stdout.as_mut().unwrap().read_exact(&mut first);
+        tokio::time::timeout(DEADLINE, reading).await.expect("it prints").unwrap();
+        kill(chat.id().unwrap(), Signal::TERM);
+        let ended = tokio::time::timeout(DEADLINE, chat.wait()).await.expect("it ends");
+        assert!(!ended.unwrap().success());
         tower.until_running(0).await;
     }
     mini.until("the gateway sees it, too", |status| status.running("tower") == 0).await;

@@ -102,7 +102,8 @@ async fn people_can_chat(tower: &Machine, mini: &Machine) {
         command.args(["chat", "Say hello.", "--state-dir"]).arg(machine.state_dir());
         let mut chat = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut said = [0; 2];
-        chat.stdout.as_mut().unwrap().read_exact(&mut said).await.unwrap();
+        let reading = chat.stdout.as_mut().unwrap().read_exact(&mut said);
+        tokio::time::timeout(DEADLINE, reading).await.expect("it prints").unwrap();
         assert!(!String::from_utf8_lossy(&said).trim().is_empty(), "{said:?}");
     }
 }
