@@ -8,11 +8,7 @@ use crate::harness::*;
 
 #[tokio::test]
 async fn a_client_that_leaves_frees_its_slot() {
-    let (mut tower, mut mini) = (Machine::new("tower").model("echo"), Machine::new("mini"));
-    tower.up().await;
-    mini.join(&tower).await;
-    mini.up().await;
-    mini.until("tower's model is ready", |status| status.model("tower")["state"] == "ready").await;
+    let (tower, mini) = tower_and_mini().await;
 
     for machine in [&tower, &mini] {
         // In the middle of a stream.

@@ -4,11 +4,7 @@ use crate::harness::*;
 
 #[tokio::test]
 async fn a_killed_engine_ends_its_answers_in_typed_errors_and_starts_again() {
-    let (mut tower, mut mini) = (Machine::new("tower").model("echo"), Machine::new("mini"));
-    tower.up().await;
-    mini.join(&tower).await;
-    mini.up().await;
-    mini.until("tower's model is ready", |status| status.model("tower")["state"] == "ready").await;
+    let (tower, mini) = tower_and_mini().await;
 
     let engine = tower.engine().await;
     let long = echo(LONG);

@@ -6,11 +6,7 @@ const ANSWER: &str = "repeat 80 every 20ms: hello ";
 
 #[tokio::test]
 async fn a_node_that_ends_lets_answers_finish() {
-    let (mut tower, mut mini) = (Machine::new("tower").model("echo"), Machine::new("mini"));
-    tower.up().await;
-    mini.join(&tower).await;
-    mini.up().await;
-    mini.ask_until_known(&echo("hello")).await;
+    let (mut tower, mut mini) = tower_and_mini().await;
     let text = "hello ".repeat(80);
 
     // The worker ends while it answers here and there.

@@ -5,11 +5,7 @@ use crate::harness::*;
 
 #[tokio::test]
 async fn a_second_connection_disturbs_no_answer() {
-    let (mut tower, mut mini) = (Machine::new("tower").model("echo"), Machine::new("mini"));
-    tower.up().await;
-    mini.join(&tower).await;
-    mini.up().await;
-    mini.ask_until_known(&echo("hello")).await;
+    let (mut tower, mut mini) = tower_and_mini().await;
 
     // Whoever stays dials at once, into the void; a second later QUIC says the same again, and reaches a node that
     // has come back and has connected by itself. The smaller id decides, so in one of the two cases the late

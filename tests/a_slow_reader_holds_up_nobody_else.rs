@@ -7,11 +7,7 @@ use crate::harness::*;
 
 #[tokio::test]
 async fn a_slow_reader_holds_up_nobody_else() {
-    let (mut tower, mut mini) = (Machine::new("tower").model("echo"), Machine::new("mini"));
-    tower.up().await;
-    mini.join(&tower).await;
-    mini.up().await;
-    mini.ask_until_known(&echo("hello")).await;
+    let (tower, mini) = tower_and_mini().await;
 
     // As much text as fits into the context, at full speed, for somebody who never reads; again and again on one
     // connection, because what lies between the two may hold several megabytes.

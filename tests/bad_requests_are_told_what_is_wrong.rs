@@ -11,11 +11,7 @@ fn with(field: &str, value: Value) -> String {
 
 #[tokio::test]
 async fn bad_requests_are_told_what_is_wrong() {
-    let (mut tower, mut mini) = (Machine::new("tower").model("echo"), Machine::new("mini"));
-    tower.up().await;
-    mini.join(&tower).await;
-    mini.up().await;
-    mini.ask_until_known(&echo("hello")).await;
+    let (tower, mini) = tower_and_mini().await;
 
     let long = echo(&"x".repeat(9_000)).to_string();
     let good = echo("hello").to_string();

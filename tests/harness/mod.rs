@@ -26,6 +26,16 @@ pub const DEADLINE: Duration = Duration::from_secs(40);
 pub const FETCH_DEADLINE: Duration = Duration::from_secs(400);
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// The usual two: `tower` with an echo engine, and `mini`, which has no model and knows tower's.
+pub async fn tower_and_mini() -> (Machine, Machine) {
+    let (mut tower, mut mini) = (Machine::new("tower").model("echo"), Machine::new("mini"));
+    tower.up().await;
+    mini.join(&tower).await;
+    mini.up().await;
+    mini.until("tower's model is ready", |status| status.model("tower")["state"] == "ready").await;
+    (tower, mini)
+}
+
 /// An answer of several minutes from an echo engine.
 pub const LONG: &str = "repeat 1300 every 50ms: hello ";
 

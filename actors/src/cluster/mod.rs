@@ -14,6 +14,7 @@ mod join;
 mod link;
 mod roster;
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
@@ -281,7 +282,7 @@ impl Mesh {
         let mut ticks = tokio::time::interval(Duration::from_secs(2));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // Connections that had no session the last time: a session takes a moment to come about.
-        let mut sessionless: Vec<usize> = Vec::new();
+        let mut lacked: HashSet<usize> = HashSet::new();
         loop {
             ticks.tick().await;
             for (node, answered) in control.probe_all(Duration::from_secs(1)).await {
@@ -291,18 +292,19 @@ impl Mesh {
             }
             // Two connections that crossed can leave the one that stayed without its session.
             let links: Vec<PeerLink> = mesh.roster.lock().values().filter_map(|member| member.link.clone()).collect();
+            let mut lacking = HashSet::new();
             for link in links.into_iter().filter(|link| !control.has_session(link.node)) {
                 if let Some(member) = mesh.roster.lock().get_mut(&link.node) {
                     member.control_round_trip = None;
                 }
-                if link.initiator == mesh.own_id() && sessionless.contains(&link.connection.stable_id()) {
-                    sessionless.clear();
+                let connection = link.connection.stable_id();
+                if link.initiator == mesh.own_id() && lacked.contains(&connection) {
                     link::open_control(mesh.clone(), link).await;
                 } else {
-                    sessionless.push(link.connection.stable_id());
-                    sessionless.truncate(roster::MOST_MEMBERS);
+                    lacking.insert(connection);
                 }
             }
+            lacked = lacking;
         }
     }
 

@@ -122,14 +122,14 @@ impl Roster {
     /// Keeps a fresh, greeted connection, unless there is a better one. Two nodes that dial each other at the same
     /// moment both keep the connection that the smaller id opened.
     pub fn register(&self, link: PeerLink, facts: NodeFacts) -> Registered {
+        if link.connection.close_reason().is_some() {
+            return Registered::Duplicate;
+        }
         let (now, node, incarnation) = (self.now(), link.node, link.incarnation);
         let mut members = self.lock();
         // A machine that was set up anew has a new id under its old name: the old one does not come back.
         members.retain(|id, member| *id == node || member.link.is_some() || member.name != facts.member.name);
         let member = members.entry(node).or_default();
-        if link.connection.close_reason().is_some() {
-            return Registered::Duplicate;
-        }
         if let Some(standing) = &member.link
             && standing.connection.close_reason().is_none()
             && standing.incarnation == link.incarnation
@@ -148,7 +148,7 @@ impl Roster {
         Registered::Kept
     }
 
-    /// Newer facts of a member, said by itself. Returns whom it knows.
+    /// Newer facts of a member, said by itself.
     pub fn update(&self, node: NodeId, facts: NodeFacts) {
         let now = self.now();
         if let Some(member) = self.lock().get_mut(&node) {

@@ -1,8 +1,7 @@
 //! SHA-256 of files, and the memory of it: a file that has not changed is not read again.
 
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use ingle_protocol::ModelDigest;
@@ -10,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use crate::platform::{read_optional, write_atomically};
+use crate::platform::{Fingerprint, read_optional, write_atomically};
 
 const BUFFER: usize = 1 << 20;
 
@@ -43,27 +42,6 @@ pub(super) fn hash_all(mut reader: impl Read, hasher: &mut Sha256, left: &Cancel
 
 pub(super) fn finish(hasher: Sha256) -> ModelDigest {
     ModelDigest(hasher.finalize().into())
-}
-
-/// What changes when a file's content does. (The change time cannot be set back by ordinary means.)
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Fingerprint {
-    size: u64,
-    inode: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl Fingerprint {
-    fn of(file: &Metadata) -> Self {
-        Self {
-            size: file.len(),
-            inode: file.ino(),
-            modified: (file.mtime(), file.mtime_nsec()),
-            changed: (file.ctime(), file.ctime_nsec()),
-        }
-    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]

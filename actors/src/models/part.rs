@@ -1,8 +1,7 @@
 //! The file that is being fetched: what is here of it, and whether it can be gone on with.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -13,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::hash::hash_all;
-use crate::platform::{read_optional, write_atomically};
+use crate::platform::{open_not_through_links, read_optional, write_atomically};
 
 /// `<digest>.part` and what is known about it in `<digest>.part.json`. Only the holder of the digest's lock
 /// touches them.
@@ -50,14 +49,7 @@ impl Part {
 
     /// Opens the file to be written from `start` on, with the hash of what is before that.
     pub(super) fn open(&self, start: u64, left: &CancellationToken) -> io::Result<(File, Sha256)> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            // Not through a link that somebody put there.
-            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
-            .open(&self.path)?;
+        let mut file = open_not_through_links(&self.path, 0o644)?;
         file.set_len(start)?;
         let mut hasher = Sha256::new();
         let hashed = hash_all((&file).take(start), &mut hasher, left)?;
@@ -152,7 +144,7 @@ mod tests {
     #[tokio::test]
     async fn a_full_disk_is_an_error_of_the_writer() {
         // Where every write fails with "no space left on device".
-        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let (chunks, receiver) = mpsc::channel(1);
         let writer = tokio::task::spawn_blocking(move || write_chunks(full, Sha256::new(), receiver));
         chunks.send(Bytes::from_static(b"x")).await.unwrap();

@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 /// Writes `bytes` to `path` so that after a crash the file has either its old content or the new, whole:
 /// temporary file in the same folder → fsync → rename → fsync of the folder. `mode` is the file's permission.
 pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
@@ -42,6 +44,41 @@ pub fn read_optional(path: &Path) -> io::Result<Option<Vec<u8>>> {
 /// into it is private by itself.
 pub fn create_private_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// What changes when a file's content does. (The change time cannot be set back by ordinary means.)
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fingerprint {
+    size: u64,
+    inode: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Fingerprint {
+    /// Of an open file, or of a path.
+    pub fn of(file: &fs::Metadata) -> Self {
+        Self {
+            size: file.len(),
+            inode: file.ino(),
+            modified: (file.mtime(), file.mtime_nsec()),
+            changed: (file.ctime(), file.ctime_nsec()),
+        }
+    }
+}
+
+/// Opens a file for reading and writing as it is, or makes it with the permission `mode`; never through a link:
+/// somebody may have put one into a folder that several share.
+pub fn open_not_through_links(path: &Path, mode: u32) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(mode)
+        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
+        .open(path)
 }
 
 /// Why a lock is not ours.
@@ -87,16 +124,7 @@ impl FileLock {
     }
 
     fn open(path: &Path) -> io::Result<File> {
-        // Not through a link: somebody may have put one into a folder that several share.
-        let not_through_links = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(not_through_links)
-            .open(path)
+        open_not_through_links(path, 0o600)
     }
 
     fn sign(mut file: File, path: &Path) -> Result<Self, LockError> {

@@ -5,10 +5,13 @@ mod child_group;
 mod files;
 mod local_socket;
 mod machine;
+mod signals;
 
 pub use child_group::ChildGroup;
 pub use files::{
-    FileLock, LockError, create_private_dir, is_writable_by_others, read_optional, write_atomically, write_private,
+    FileLock, Fingerprint, LockError, create_private_dir, is_writable_by_others, open_not_through_links, read_optional,
+    write_atomically, write_private,
 };
 pub use local_socket::{LocalListener, LocalStream, connect};
 pub use machine::{available_disk_space, hardware, raise_open_files_limit};
+pub use signals::EndSignals;

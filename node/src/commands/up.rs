@@ -8,10 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use ingle_actors::Node;
 use ingle_actors::node::{ModelChoice, NodeOptions};
-use ingle_actors::platform::raise_open_files_limit;
+use ingle_actors::platform::{EndSignals, raise_open_files_limit};
 use ingle_actors::protocol::liveness::Health;
 use ingle_actors::protocol::wire::v1::ModelState;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 
 use super::progress::Progress;
@@ -28,7 +27,7 @@ const DRAIN_MARGIN: Duration = Duration::from_secs(5);
 
 /// Runs a node until a signal comes.
 pub async fn run(settings: Settings) -> anyhow::Result<()> {
-    let mut signals = Signals::new()?;
+    let mut signals = EndSignals::listen().context("Signals cannot be received")?;
     let http = resolve("HTTP", &settings.http).await?;
     let quic = resolve("QUIC", &settings.quic).await?;
     refuse_beyond_loopback(http)?;
@@ -227,27 +226,6 @@ fn ready_lines(http: SocketAddr, model: Option<OwnModel>, state_dir_flag: &str) 
          '{{{named}\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'\n\nTo add a machine, type `ingle \
          token{state_dir_flag}` here in another terminal and follow what it says. Ctrl-C ends the node."
     )
-}
-
-/// Ctrl-C and SIGTERM.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-}
-
-impl Signals {
-    fn new() -> anyhow::Result<Self> {
-        let listen = |kind| signal(kind).map_err(|error| anyhow!("Signals cannot be received: {error}"));
-        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
-    }
-
-    /// Waits for the next one.
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-        }
-    }
 }
 
 #[cfg(test)]
