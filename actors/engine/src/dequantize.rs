@@ -227,25 +227,53 @@ fn k_groups(block: &[u8], out: &mut [f32], value: impl Fn(usize, usize) -> u8) {
     let (scale, least) = (half_at(block, 0), half_at(block, 2));
     let packed = &block[4..16];
     for (group, out) in out.chunks_exact_mut(32).enumerate() {
-        let (group_scale, group_least) = if group < 4 {
-            (packed[group] & 63, packed[group + 4] & 63)
-        } else {
-            let low = packed[group + 4];
-            (low & 15 | packed[group - 4] >> 6 << 4, low >> 4 | packed[group] >> 6 << 4)
-        };
+        let (group_scale, group_least) = k_scales(packed, group);
         let (scale, least) = (scale * f32::from(group_scale), least * f32::from(group_least));
         out.iter_mut().enumerate().for_each(|(i, out)| *out = scale * f32::from(value(group, i)) - least);
     }
 }
 
+/// Scale and minimum, 6 bits each, of one of the eight groups whose scales share twelve bytes.
+pub(crate) fn k_scales(packed: &[u8], group: usize) -> (u8, u8) {
+    if group < 4 {
+        (packed[group] & 63, packed[group + 4] & 63)
+    } else {
+        let low = packed[group + 4];
+        (low & 15 | packed[group - 4] >> 6 << 4, low >> 4 | packed[group] >> 6 << 4)
+    }
+}
+
+/// The whole numbers that stand for the weights `32·number ..` of a stored block, as they are stored: unsigned,
+/// but for `Q8_0` (two's complement). Formats without scales have none.
+pub(crate) fn codes(format: Format, block: &[u8], number: usize) -> [u8; 32] {
+    let fifth = |bytes: &[u8], i: usize| (bytes[i / 8] >> (i % 8) & 1) << 4;
+    let legacy = |bytes: &[u8], i: usize| bytes[i % 16] >> (i / 16 * 4) & 15;
+    std::array::from_fn(|i| match format {
+        Format::Q4_0 => legacy(&block[2..], i),
+        Format::Q4_1 => legacy(&block[4..], i),
+        Format::Q5_0 => legacy(&block[6..], i) | fifth(&block[2..6], i),
+        Format::Q5_1 => legacy(&block[8..], i) | fifth(&block[4..8], i),
+        Format::Q8_0 => block[2 + i],
+        Format::Q4K => nibble(&block[16..], number, i),
+        Format::Q5K => nibble(&block[48..], number, i) | (block[16 + i] >> number & 1) << 4,
+        Format::Q6K => q6k_code(block, 32 * number + i),
+        Format::F32 | Format::F16 | Format::Bf16 => 0,
+    })
+}
+
+/// The 6-bit value of weight `n`.
+fn q6k_code(block: &[u8], n: usize) -> u8 {
+    let (low, high) = (&block[..128], &block[128..192]);
+    let (half, quarter, i) = (n / 128, n % 128 / 32, n % 32);
+    let four = low[half * 64 + quarter % 2 * 32 + i] >> (quarter / 2 * 4) & 15;
+    four | (high[half * 32 + i] >> (quarter * 2) & 3) << 4
+}
+
 fn q6k(block: &[u8], out: &mut [f32]) {
-    let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
+    let scales = &block[192..208];
     let scale = half_at(block, 208);
     for (n, out) in out.iter_mut().enumerate() {
-        let (half, quarter, i) = (n / 128, n % 128 / 32, n % 32);
-        let four = low[half * 64 + quarter % 2 * 32 + i] >> (quarter / 2 * 4) & 15;
-        let two = high[half * 32 + i] >> (quarter * 2) & 3;
-        let value = f32::from(four | two << 4) - 32.0;
+        let value = f32::from(q6k_code(block, n)) - 32.0;
         *out = scale * f32::from(scales[n / 16] as i8) * value;
     }
 }
