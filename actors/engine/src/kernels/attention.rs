@@ -197,15 +197,10 @@ unsafe fn together<S: Simd, const N: usize>(
             let values = keys.add(layout.matrix());
             let scales = values.add(layout.matrix()).cast::<f32>();
             let mut scores = [[S::splat(0.0); VECTORS]; N];
-            let query = |n: usize, i: usize| S::splat(*(*queries.queries.add(n)).add(i));
             match layout.kind {
-                KvType::F16 => products::<S, N>(size, vectors, query, &mut scores, |i, v| {
-                    S::load_f16(keys.cast::<u16>().add(i * KV_BLOCK + v * LANES))
-                }),
+                KvType::F16 => products::<S, N, false>(size, vectors, queries.queries, &mut scores, keys),
                 KvType::Int8 => {
-                    products::<S, N>(size, vectors, query, &mut scores, |i, v| {
-                        S::load_i8(keys.cast::<i8>().add(i * KV_BLOCK + v * LANES))
-                    });
+                    products::<S, N, true>(size, vectors, queries.queries, &mut scores, keys);
                     for scores in &mut scores {
                         for (v, score) in scores.iter_mut().enumerate().take(vectors) {
                             *score = S::mul(*score, S::load(scales.add(v * LANES)));
@@ -226,12 +221,8 @@ unsafe fn together<S: Simd, const N: usize>(
                 }
             }
             match layout.kind {
-                KvType::F16 => mix::<S, N>(size, places, &weights, &mut running, |place, i| {
-                    S::load_f16(values.cast::<u16>().add(place * size + i))
-                }),
-                KvType::Int8 => mix::<S, N>(size, places, &weights, &mut running, |place, i| {
-                    S::load_i8(values.cast::<i8>().add(place * size + i))
-                }),
+                KvType::F16 => mix::<S, N, false>(size, places, &weights, &mut running, values),
+                KvType::Int8 => mix::<S, N, true>(size, places, &weights, &mut running, values),
             }
         }
         for (n, running) in running.iter().enumerate() {
@@ -244,39 +235,50 @@ unsafe fn together<S: Simd, const N: usize>(
     }
 }
 
+// No closures in what follows: the compiler may leave them out of line, where they lack the instructions.
+
+/// Sixteen elements from the `n`-th on.
+#[allow(unsafe_code)]
+#[inline(always)]
+unsafe fn load<S: Simd, const INT8: bool>(from: *const u8, n: usize) -> S::F {
+    // SAFETY: as the caller's.
+    unsafe { if INT8 { S::load_i8(from.cast::<i8>().add(n)) } else { S::load_f16(from.cast::<u16>().add(n)) } }
+}
+
 /// Scores of the block's positions, each summed over the head's elements in order.
 #[allow(unsafe_code)]
 #[inline(always)]
-unsafe fn products<S: Simd, const N: usize>(
+unsafe fn products<S: Simd, const N: usize, const INT8: bool>(
     size: usize,
     vectors: usize,
-    query: impl Fn(usize, usize) -> S::F,
+    queries: *const *const f32,
     scores: &mut [[S::F; VECTORS]; N],
-    keys: impl Fn(usize, usize) -> S::F,
+    keys: *const u8,
 ) {
     // SAFETY: as the caller's.
     unsafe {
         if vectors == VECTORS {
+            let mut sums = [[S::splat(0.0); VECTORS]; N];
             for i in 0..size {
-                let keys: [S::F; VECTORS] = std::array::from_fn(|v| keys(i, v));
-                for n in 0..N {
-                    let query = query(n, i);
-                    for v in 0..VECTORS {
-                        scores[n][v] = S::fma(query, keys[v], scores[n][v]);
+                for v in 0..VECTORS {
+                    let keys = load::<S, INT8>(keys, i * KV_BLOCK + v * LANES);
+                    for (n, sums) in sums.iter_mut().enumerate() {
+                        sums[v] = S::fma(S::splat(*(*queries.add(n)).add(i)), keys, sums[v]);
                     }
                 }
             }
+            *scores = sums;
         } else {
             for v in 0..vectors {
                 let mut sums: [S::F; N] = [S::splat(0.0); N];
                 for i in 0..size {
-                    let keys = keys(i, v);
+                    let keys = load::<S, INT8>(keys, i * KV_BLOCK + v * LANES);
                     for (n, sum) in sums.iter_mut().enumerate() {
-                        *sum = S::fma(query(n, i), keys, *sum);
+                        *sum = S::fma(S::splat(*(*queries.add(n)).add(i)), keys, *sum);
                     }
                 }
-                for (n, sum) in sums.into_iter().enumerate() {
-                    scores[n][v] = sum;
+                for (scores, sum) in scores.iter_mut().zip(sums) {
+                    scores[v] = sum;
                 }
             }
         }
@@ -329,45 +331,58 @@ unsafe fn soften<S: Simd>(
 /// Adds the values of the block's positions, in order, each times its weight.
 #[allow(unsafe_code)]
 #[inline(always)]
-unsafe fn mix<S: Simd, const N: usize>(
+unsafe fn mix<S: Simd, const N: usize, const INT8: bool>(
     size: usize,
     places: usize,
     weights: &[[f32; KV_BLOCK]; N],
     running: &mut [Running; N],
-    values: impl Fn(usize, usize) -> S::F,
+    values: *const u8,
 ) {
     // SAFETY: as the caller's.
     unsafe {
-        let mut i = 0;
-        while i < size {
-            if i + 2 * LANES <= size {
-                let mut sums: [[S::F; 2]; N] = std::array::from_fn(|n| {
-                    let at = running[n].output.as_ptr().add(i);
-                    [S::load(at), S::load(at.add(LANES))]
-                });
-                for place in 0..places {
-                    let (a, b) = (values(place, i), values(place, i + LANES));
-                    for n in 0..N {
-                        let weight = S::splat(weights[n][place]);
-                        sums[n] = [S::fma(weight, a, sums[n][0]), S::fma(weight, b, sums[n][1])];
-                    }
-                }
-                for n in 0..N {
-                    let at = running[n].output.as_mut_ptr().add(i);
-                    S::store(at, sums[n][0]);
-                    S::store(at.add(LANES), sums[n][1]);
-                }
-                i += 2 * LANES;
+        let mut from = 0;
+        while from < size {
+            if from + 4 * LANES <= size {
+                mix_vectors::<S, N, INT8, 4>(size, places, weights, running, values, from);
+                from += 4 * LANES;
             } else {
-                for n in 0..N {
-                    let at = running[n].output.as_mut_ptr().add(i);
-                    let mut sum = S::load(at);
-                    for place in 0..places {
-                        sum = S::fma(S::splat(weights[n][place]), values(place, i), sum);
-                    }
-                    S::store(at, sum);
+                mix_vectors::<S, N, INT8, 1>(size, places, weights, running, values, from);
+                from += LANES;
+            }
+        }
+    }
+}
+
+/// As [`mix`], for `V` vectors of the head's elements from `from` on.
+#[allow(unsafe_code)]
+#[inline(always)]
+unsafe fn mix_vectors<S: Simd, const N: usize, const INT8: bool, const V: usize>(
+    size: usize,
+    places: usize,
+    weights: &[[f32; KV_BLOCK]; N],
+    running: &mut [Running; N],
+    values: *const u8,
+    from: usize,
+) {
+    // SAFETY: as the caller's.
+    unsafe {
+        let mut sums = [[S::splat(0.0); V]; N];
+        for (sums, running) in sums.iter_mut().zip(running.iter()) {
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(running.output.as_ptr().add(from + v * LANES));
+            }
+        }
+        for place in 0..places {
+            for v in 0..V {
+                let value = load::<S, INT8>(values, place * size + from + v * LANES);
+                for (sums, weights) in sums.iter_mut().zip(weights) {
+                    sums[v] = S::fma(S::splat(weights[place]), value, sums[v]);
                 }
-                i += LANES;
+            }
+        }
+        for (sums, running) in sums.iter().zip(running.iter_mut()) {
+            for (v, sum) in sums.iter().enumerate() {
+                S::store(running.output.as_mut_ptr().add(from + v * LANES), *sum);
             }
         }
     }

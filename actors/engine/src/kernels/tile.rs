@@ -65,11 +65,9 @@ unsafe fn columns<S: Simd, const N: usize>(shape: Shape, tile: *const u8, group:
             Format::Q4K => k_groups::<S, N, 4>(spans, tile, codes, group, &mut sums),
             Format::Q5K => k_groups::<S, N, 5>(spans, tile, codes, group, &mut sums),
             Format::Q6K => six_bits::<S, N>(spans, tile, codes, group, &mut sums),
-            Format::F16 => floats::<S, N>(spans, group, &mut sums, |n| S::load_f16(codes.cast::<u16>().add(n * LANES))),
-            Format::Bf16 => {
-                floats::<S, N>(spans, group, &mut sums, |n| S::load_bf16(codes.cast::<u16>().add(n * LANES)));
-            }
-            Format::F32 => floats::<S, N>(spans, group, &mut sums, |n| S::load(codes.cast::<f32>().add(n * LANES))),
+            Format::F16 => floats::<S, N, 0>(spans, codes, group, &mut sums),
+            Format::Bf16 => floats::<S, N, 1>(spans, codes, group, &mut sums),
+            Format::F32 => floats::<S, N, 2>(spans, codes, group, &mut sums),
         }
         for (sum, out) in sums.iter().zip(out) {
             S::store(out.as_mut_ptr(), *sum);
@@ -77,23 +75,18 @@ unsafe fn columns<S: Simd, const N: usize>(shape: Shape, tile: *const u8, group:
     }
 }
 
+// No closures in what follows: the compiler may leave them out of line, where they lack the instructions.
+
 /// Eight times sixteen rows of four weights of `BITS` bits.
 #[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn unpack<S: Simd, const BITS: u32>(codes: *const u8) -> [S::B; 8] {
     // SAFETY: as the caller's.
     unsafe {
-        let at = |n: usize| S::load_bytes(codes.add(64 * n));
-        let halves = |from: usize| {
-            let [a, b, c, d] = [at(from), at(from + 1), at(from + 2), at(from + 3)];
-            let low = [S::low_half(a), S::low_half(b), S::low_half(c), S::low_half(d)];
-            let high = [S::high_half(a), S::high_half(b), S::high_half(c), S::high_half(d)];
-            [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
-        };
         match BITS {
-            4 => halves(0),
+            4 => halves::<S>(codes),
             5 => {
-                let (bits, w) = (at(0), halves(1));
+                let (bits, w) = (S::load_bytes(codes), halves::<S>(codes.add(64)));
                 [
                     S::with_fifth::<0>(w[0], bits),
                     S::with_fifth::<1>(w[1], bits),
@@ -106,7 +99,8 @@ unsafe fn unpack<S: Simd, const BITS: u32>(codes: *const u8) -> [S::B; 8] {
                 ]
             }
             6 => {
-                let (first, second, w) = (at(0), at(1), halves(2));
+                let (first, second) = (S::load_bytes(codes), S::load_bytes(codes.add(64)));
+                let w = halves::<S>(codes.add(128));
                 [
                     S::with_upper_two::<0>(w[0], first),
                     S::with_upper_two::<2>(w[1], first),
@@ -118,8 +112,38 @@ unsafe fn unpack<S: Simd, const BITS: u32>(codes: *const u8) -> [S::B; 8] {
                     S::with_upper_two::<6>(w[7], second),
                 ]
             }
-            _ => [at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)],
+            _ => [
+                S::load_bytes(codes),
+                S::load_bytes(codes.add(64)),
+                S::load_bytes(codes.add(128)),
+                S::load_bytes(codes.add(192)),
+                S::load_bytes(codes.add(256)),
+                S::load_bytes(codes.add(320)),
+                S::load_bytes(codes.add(384)),
+                S::load_bytes(codes.add(448)),
+            ],
         }
+    }
+}
+
+/// The four bits of 256 bytes: first all lower halves, then all upper ones.
+#[allow(unsafe_code)]
+#[inline(always)]
+unsafe fn halves<S: Simd>(codes: *const u8) -> [S::B; 8] {
+    // SAFETY: as the caller's.
+    unsafe {
+        let (a, b) = (S::load_bytes(codes), S::load_bytes(codes.add(64)));
+        let (c, d) = (S::load_bytes(codes.add(128)), S::load_bytes(codes.add(192)));
+        [
+            S::low_half(a),
+            S::low_half(b),
+            S::low_half(c),
+            S::low_half(d),
+            S::high_half(a),
+            S::high_half(b),
+            S::high_half(c),
+            S::high_half(d),
+        ]
     }
 }
 
@@ -280,20 +304,25 @@ unsafe fn six_bits<S: Simd, const N: usize>(
     }
 }
 
+/// `KIND`: 0 for F16, 1 for BF16, 2 for F32.
 #[allow(unsafe_code)]
 #[inline(always)]
-unsafe fn floats<S: Simd, const N: usize>(
+unsafe fn floats<S: Simd, const N: usize, const KIND: u32>(
     inputs: usize,
+    weights: *const u8,
     group: &Group,
     sums: &mut [S::F; N],
-    weights: impl Fn(usize) -> S::F,
 ) {
     // SAFETY: as the caller's.
     unsafe {
         for part in (0..inputs).step_by(BLOCK) {
             let mut parts = [S::splat(0.0); N];
             for n in part..(part + BLOCK).min(inputs) {
-                let weights = weights(n);
+                let weights = match KIND {
+                    0 => S::load_f16(weights.cast::<u16>().add(n * LANES)),
+                    1 => S::load_bf16(weights.cast::<u16>().add(n * LANES)),
+                    _ => S::load(weights.cast::<f32>().add(n * LANES)),
+                };
                 for (c, part) in parts.iter_mut().enumerate() {
                     *part = S::fma(weights, S::splat(*group.floats.add(n * N + c)), *part);
                 }
