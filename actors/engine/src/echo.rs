@@ -99,6 +99,8 @@ impl Echo {
             context_length: context_length.unwrap_or(DEFAULT_CONTEXT).max(2),
             vocabulary: VOCABULARY,
             chunk: CHUNK,
+            blocks: 0,
+            block_tokens: 0,
             backend: "echo (repeats the last message, no model)".into(),
             numerics: "echo-1".into(),
         };

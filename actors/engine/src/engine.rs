@@ -28,7 +28,7 @@ impl Engine {
     /// Starts the thread that loads the model, warms it up (which also measures its speed) and then serves.
     /// Returns at once; [`Engine::snapshot`] says how far it is.
     pub fn start(spec: EngineSpec) -> Self {
-        let shared = Arc::new(Shared::new(spec.slots));
+        let shared = Arc::new(Shared::new(spec.options.slots));
         let queue = spec.queue.max(1);
         let (submissions, submitted) = sync_channel(queue as usize);
         let (wake, woken) = channel();

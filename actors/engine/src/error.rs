@@ -49,6 +49,24 @@ pub enum EngineError {
         /// What is wrong with it.
         why: String,
     },
+    /// It does not fit into memory.
+    #[error(
+        "{}: it needs {} MiB of memory (weights {} MiB, keys and values {} MiB), but {} MiB are free: close other \
+         programs, choose a smaller model, or lower the context length or the number of sequences",
+        path.display(), needed >> 20, weights >> 20, kv >> 20, free >> 20
+    )]
+    Memory {
+        /// The model file.
+        path: PathBuf,
+        /// Bytes in all.
+        needed: u64,
+        /// Bytes of weights.
+        weights: u64,
+        /// Bytes of keys and values.
+        kv: u64,
+        /// Bytes that can be had.
+        free: u64,
+    },
     /// No device of the wanted kind.
     #[error("no such device: {0}")]
     Device(String),

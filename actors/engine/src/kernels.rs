@@ -24,10 +24,11 @@ mod tile;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use attention::{KV_BLOCK, KvLayout, KvType, WIDEST_HEAD};
+pub use attention::KvType;
+pub(crate) use attention::{KV_BLOCK, KvLayout, WIDEST_HEAD};
 pub(crate) use columns::Norm;
 pub(crate) use heads::{AttentionJob, HeadNorms, Row};
 pub(crate) use pack::{ALIGNMENT, LAYOUT, Shape, pack_tile};
 pub(crate) use product::{Activation, Kernels, Packed};
 pub(crate) use simd::LANES;
-pub(crate) use table::InstructionSet;
+pub use table::InstructionSet;

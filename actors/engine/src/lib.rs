@@ -2,11 +2,11 @@
 //! tensors; it knows neither actors nor the network.
 //!
 //! From the top: [`Engine`] takes requests and sends frames; its scheduler thread drives a [`StepEngine`] one
-//! step at a time; [`llama`] and [`echo`] are the two of them. [`gguf`], [`text`] and [`dequantize`] read what is
+//! step at a time; [`model`] and [`echo`] are the two of them. [`gguf`], [`text`] and [`dequantize`] read what is
 //! in a model file.
 //!
 //! ```text
-//! submit ─▶ intake thread          ─▶ scheduler thread ─▶ StepEngine (burn on flex | wgpu, or echo)
+//! submit ─▶ intake thread          ─▶ scheduler thread ─▶ StepEngine (model on cpu | wgpu, or echo)
 //!           check, render, tokenize   admit, step, sample, detokenize, push frames
 //!                                     heartbeat thread: progress while nothing else is said
 //! ```
@@ -14,13 +14,16 @@
 pub mod dequantize;
 pub mod echo;
 pub mod gguf;
-pub mod llama;
+pub mod model;
 pub mod text;
 
 mod device;
 mod engine;
 mod error;
 mod inspect;
+#[allow(unsafe_code)] // intrinsics, and threads that write parts of one slice
+mod kernels;
+mod memory;
 mod sampler;
 mod scheduler;
 mod snapshot;
@@ -31,5 +34,8 @@ pub use engine::Engine;
 pub use error::EngineError;
 pub use inspect::{ModelSummary, inspect};
 pub use snapshot::EngineSnapshot;
-pub use spec::{DEFAULT_QUEUE, DEFAULT_READER_DEADLINE, DEFAULT_SLOTS, DeviceChoice, EngineSpec, ModelSource};
+pub use kernels::{InstructionSet, KvType};
+pub use spec::{
+    DEFAULT_QUEUE, DEFAULT_READER_DEADLINE, DEFAULT_SLOTS, DeviceChoice, EngineSpec, ModelOptions, ModelSource, PackedCache,
+};
 pub use step_engine::{Capabilities, Logits, StepEngine, StepEntry};

@@ -228,6 +228,8 @@ impl Scheduler {
             let Some((first, _)) = priorities.max_by_key(|(_, sequence)| sequence.priority) else { break };
             let mut sequence = self.waiting.remove(first);
             sequence.admit(slot, now);
+            // Slots and blocks are the engine's own numbers, so this cannot fail.
+            let _ = self.engine.assign_share(slot);
             // Behind the prompts that have begun, or a stream of short ones would keep a long one from its end.
             sequence.last_chunk = self.shared.step.load(Ordering::Relaxed);
             self.running.push(sequence);

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use ingle_protocol::ModelDigest;
 
+use crate::kernels::{InstructionSet, KvType};
+
 /// Sequences that may wait for a slot, unless the spec says otherwise.
 pub const DEFAULT_QUEUE: u32 = 64;
 /// Sequences decoded together, unless the spec says otherwise.
@@ -33,6 +35,66 @@ pub enum DeviceChoice {
     Gpu,
 }
 
+/// Where packed weights are kept for all engines of this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedCache {
+    /// The folder. Only this user may be able to write it.
+    pub folder: PathBuf,
+    /// The model file's content, which names the packed file.
+    pub digest: String,
+    /// Bytes of all packed files at most; those that were not used for longest go first.
+    pub limit: u64,
+}
+
+/// What can be set for a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// Sequences decoded together, at least 1.
+    pub slots: u32,
+    /// Upper bound on the context length in tokens; `None`: the model's own.
+    pub context_length: Option<u32>,
+    /// How keys and values are kept (on the CPU; other devices keep floats).
+    pub kv_type: KvType,
+    /// Bytes for keys and values of all sequences at most; one full context fits in any case. `None`: room for all
+    /// slots at full length.
+    pub kv_memory: Option<u64>,
+    /// Tokens of prompts that are computed in one step, at most; `None`: 256.
+    pub chunk: Option<u32>,
+    /// Threads that compute, on the CPU; `None`: one for each core.
+    pub threads: Option<usize>,
+    /// Where packed weights are kept; `None`: each engine has a copy of its own.
+    pub packed_cache: Option<PackedCache>,
+    /// Instructions to use; `None`: the best that this processor has.
+    pub instructions: Option<InstructionSet>,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self {
+            slots: DEFAULT_SLOTS,
+            context_length: None,
+            kv_type: KvType::F16,
+            kv_memory: None,
+            chunk: None,
+            threads: None,
+            packed_cache: None,
+            instructions: None,
+        }
+    }
+}
+
+impl ModelOptions {
+    pub(crate) fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.threads.unwrap_or_else(cores).max(1)
+    }
+
+    pub(crate) fn instruction_set(&self) -> InstructionSet {
+        let available = InstructionSet::available();
+        self.instructions.filter(|set| available.contains(set)).unwrap_or(available[0])
+    }
+}
+
 /// What to run and within which limits.
 #[derive(Debug, Clone)]
 pub struct EngineSpec {
@@ -40,10 +102,8 @@ pub struct EngineSpec {
     pub source: ModelSource,
     /// Its content. Requests for another are refused; all zero is a digest like any other (echo's).
     pub digest: ModelDigest,
-    /// Sequences decoded together, at least 1.
-    pub slots: u32,
-    /// Upper bound on the context length in tokens; `None`: the model's own.
-    pub context_length: Option<u32>,
+    /// What can be set for the model.
+    pub options: ModelOptions,
     /// Which kind of device computes.
     pub device: DeviceChoice,
     /// How long a sequence stays paused for a reader that does not read, before it is given up.
@@ -58,8 +118,7 @@ impl EngineSpec {
         Self {
             source,
             digest,
-            slots: DEFAULT_SLOTS,
-            context_length: None,
+            options: ModelOptions::default(),
             device: DeviceChoice::Auto,
             reader_deadline: DEFAULT_READER_DEADLINE,
             queue: DEFAULT_QUEUE,

@@ -22,8 +22,13 @@ pub struct Capabilities {
     pub context_length: u32,
     /// Token ids are below this.
     pub vocabulary: u32,
-    /// How many tokens of one prompt it likes to take in one step.
+    /// How many tokens of prompts it likes to take in one step.
     pub chunk: u32,
+    /// Blocks of memory for keys and values, to be handed out by [`StepEngine::assign`]; 0 where each slot has
+    /// memory of its own.
+    pub blocks: u32,
+    /// Tokens of one block.
+    pub block_tokens: u32,
     /// What it runs on, in words: `cpu (burn flex, f32)`.
     pub backend: String,
     /// Engines of the same class give the same answer bit for bit.
@@ -59,6 +64,18 @@ impl Logits {
 pub trait StepEngine {
     /// What it can do.
     fn capabilities(&self) -> &Capabilities;
+
+    /// Gives a slot its blocks, in the order of its tokens, the first `length` of which are computed already. Blocks
+    /// may be shared by slots as far as they are computed. Engines without blocks have nothing to do.
+    fn assign(&mut self, _slot: u32, _blocks: &[u32], _length: u32) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    /// Gives a slot an equal share of all blocks, for those who drive an engine without a scheduler.
+    fn assign_share(&mut self, slot: u32) -> Result<(), EngineError> {
+        let each = self.capabilities().blocks / self.capabilities().slots.max(1);
+        self.assign(slot, &(slot * each..(slot + 1) * each).collect::<Vec<_>>(), 0)
+    }
 
     /// Computes `entries` and returns a row of logits for each index in `want_logits` (indices into `entries`,
     /// rising). Entries of one slot stand together and their positions rise by one from where the slot is; a

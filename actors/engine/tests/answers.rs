@@ -5,7 +5,7 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use ingle_engine::{DeviceChoice, Engine, EngineSpec, ModelSource, inspect};
+use ingle_engine::{DeviceChoice, Engine, EngineSpec, ModelOptions, ModelSource, inspect};
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::*;
 use ingle_protocol::{ModelDigest, RequestId};
@@ -22,7 +22,11 @@ fn engine() -> &'static Engine {
     static ENGINE: OnceLock<Engine> = OnceLock::new();
     ENGINE.get_or_init(|| {
         let spec = EngineSpec::new(ModelSource::Gguf(support::model()), digest());
-        let engine = Engine::start(EngineSpec { device: DeviceChoice::Cpu, slots: 6, ..spec });
+        let engine = Engine::start(EngineSpec {
+            device: DeviceChoice::Cpu,
+            options: ModelOptions { slots: 6, ..ModelOptions::default() },
+            ..spec
+        });
         while matches!(engine.snapshot().state, ModelState::Loading | ModelState::Warming) {
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -5,9 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use ingle_engine::llama::Llama;
+use ingle_engine::model::Model;
 use ingle_engine::text::{Codec, Special, Tokenizer};
-use ingle_engine::{DeviceChoice, StepEngine, StepEntry};
+use ingle_engine::{DeviceChoice, ModelOptions, StepEngine, StepEntry};
 use ingle_protocol::wire::v1::{Message, Role};
 use serde::Deserialize;
 
@@ -99,7 +99,7 @@ fn templates_and_tokens_are_equal() {
 #[test]
 fn logits_are_equal() {
     let reference = reference();
-    let mut model = Llama::open(&support::model(), DeviceChoice::Cpu, 1, None).unwrap();
+    let mut model = Model::open(&support::model(), DeviceChoice::Cpu, &ModelOptions::default()).unwrap();
     let (mut positions, mut exempt, mut worst) = (0u32, 0u32, 0.0f32);
     for prompt in &reference.prompts {
         let tokens = [&prompt.prompt_ids[..], &prompt.greedy_ids[..]].concat();

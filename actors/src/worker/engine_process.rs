@@ -73,8 +73,8 @@ async fn serve(options: EngineProcessOptions) -> Result<(), String> {
     let digest = options.digest.parse().map_err(|error| format!("the digest: {error}"))?;
     let source = options.model.map_or(ModelSource::Echo, ModelSource::Gguf);
     let mut spec = EngineSpec::new(source, digest);
-    spec.slots = options.slots.max(1);
-    spec.context_length = Some(LONGEST_CONTEXT);
+    spec.options.slots = options.slots.max(1);
+    spec.options.context_length = Some(LONGEST_CONTEXT);
     spec.device = match options.device {
         DeviceKind::Auto => DeviceChoice::Auto,
         DeviceKind::Cpu => DeviceChoice::Cpu,

@@ -63,7 +63,6 @@ impl KvLayout {
 }
 
 /// Writes one head's key and value (rotated, `size` numbers each) at `place` of a block.
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn write<S: Simd>(
     layout: KvLayout,
@@ -137,7 +136,6 @@ struct Running {
 
 /// Attends for some queries. `blocks` are those of their sequence, one for each [`KV_BLOCK`] positions; each query
 /// sees the `window` positions up to its own (a window of `usize::MAX` is none).
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn attend<S: Simd>(
     layout: KvLayout,
@@ -171,7 +169,6 @@ pub(crate) unsafe fn attend<S: Simd>(
 /// Queries whose scores are held in registers at once.
 const TOGETHER: usize = 4;
 
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn together<S: Simd, const N: usize>(
     layout: KvLayout,
@@ -238,7 +235,6 @@ unsafe fn together<S: Simd, const N: usize>(
 // No closures in what follows: the compiler may leave them out of line, where they lack the instructions.
 
 /// Sixteen elements from the `n`-th on.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn load<S: Simd, const INT8: bool>(from: *const u8, n: usize) -> S::F {
     // SAFETY: as the caller's.
@@ -246,7 +242,6 @@ unsafe fn load<S: Simd, const INT8: bool>(from: *const u8, n: usize) -> S::F {
 }
 
 /// Scores of the block's positions, each summed over the head's elements in order.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn products<S: Simd, const N: usize, const INT8: bool>(
     size: usize,
@@ -287,7 +282,6 @@ unsafe fn products<S: Simd, const N: usize, const INT8: bool>(
 
 /// One query's weights from its scores, relative to the greatest score so far; what was summed up before is scaled
 /// accordingly. Only the positions in `seen` count.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn soften<S: Simd>(
     scores: &[S::F; VECTORS],
@@ -329,7 +323,6 @@ unsafe fn soften<S: Simd>(
 }
 
 /// Adds the values of the block's positions, in order, each times its weight.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn mix<S: Simd, const N: usize, const INT8: bool>(
     size: usize,
@@ -354,7 +347,6 @@ unsafe fn mix<S: Simd, const N: usize, const INT8: bool>(
 }
 
 /// As [`mix`], for `V` vectors of the head's elements from `from` on.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn mix_vectors<S: Simd, const N: usize, const INT8: bool, const V: usize>(
     size: usize,

@@ -24,7 +24,6 @@ impl<T: Copy> Pair<T> {
     }
 }
 
-#[allow(unsafe_code)]
 // SAFETY (of each function): the trait's caller has made sure of the instructions; pointers as the trait says.
 impl Simd for Avx2 {
     type F = Pair<__m256>;
@@ -181,7 +180,6 @@ impl Simd for Avx2 {
 }
 
 /// Bits from `N` on, moved to bit 4 on, under `mask`.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn merge<const N: u32>(bytes: __m256i, bits: __m256i, mask: i8) -> __m256i {
     // SAFETY: as the caller's.

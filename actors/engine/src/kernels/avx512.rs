@@ -8,7 +8,6 @@ use super::simd::Simd;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx512;
 
-#[allow(unsafe_code)]
 // SAFETY (of each function): the trait's caller has made sure of the instructions; pointers as the trait says.
 impl Simd for Avx512 {
     type F = __m512;
@@ -136,7 +135,6 @@ impl Simd for Avx512 {
 }
 
 /// Shifts bit `N` of each byte to bit 4; other bits are left for a mask.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn to_bit_four<const N: u32>(bits: __m512i) -> __m512i {
     // SAFETY: as the caller's.
@@ -155,7 +153,6 @@ unsafe fn to_bit_four<const N: u32>(bits: __m512i) -> __m512i {
 }
 
 /// `bytes | (bits & mask)`.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn merge(bytes: __m512i, bits: __m512i, mask: i8) -> __m512i {
     // SAFETY: as the caller's. The table's number is `a | (b & c)`.

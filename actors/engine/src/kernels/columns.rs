@@ -80,7 +80,6 @@ impl Columns {
         })
     }
 
-    #[allow(unsafe_code)]
     fn group(&self, first: usize, width: usize) -> Group {
         let blocks = self.inputs / BLOCK;
         let at = |size: usize, length: usize| (first * size).min(length);
@@ -122,12 +121,10 @@ pub(crate) struct Sink<'a> {
     needs: Needs,
 }
 
-#[allow(unsafe_code)]
 // SAFETY: each row is written by one thread only, to places of its own.
 unsafe impl Sync for Sink<'_> {}
 
 /// Norms `x` and writes it as row `row`. `scratch` has room for one row.
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn fill_row<S: Simd>(sink: &Sink<'_>, row: usize, x: &[f32], norm: Norm<'_>, scratch: &mut [f32]) {
     let x = match norm {
@@ -168,7 +165,6 @@ pub(crate) unsafe fn fill_row<S: Simd>(sink: &Sink<'_>, row: usize, x: &[f32], n
 }
 
 /// 32 numbers to codes within ±127; returns what one is worth.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn quantize<S: Simd>(x: *const f32, codes: *mut i8) -> f32 {
     // SAFETY: as the caller's.
@@ -197,7 +193,6 @@ unsafe fn quantize<S: Simd>(x: *const f32, codes: *mut i8) -> f32 {
 }
 
 /// `out = x / √(mean(x²) + ε) · weight`.
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn rms_norm<S: Simd>(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
     // SAFETY: whole vectors are loaded and stored within slices of the same length.

@@ -8,7 +8,6 @@ const MOST: f32 = 88.0;
 
 /// eˣ with an error of some 10⁻⁷ of the result: 2ⁿ times a polynomial (Cephes' `expf`). Below −87 it is 0; above 88
 /// it stays at e⁸⁸.
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
     // SAFETY: no memory is touched; the caller has made sure of the instructions.
@@ -28,7 +27,6 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
 }
 
 /// x · σ(x).
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn silu<S: Simd>(x: S::F) -> S::F {
     // SAFETY: as above.
@@ -39,7 +37,6 @@ pub(crate) unsafe fn silu<S: Simd>(x: S::F) -> S::F {
 }
 
 /// The approximation of GELU by tanh: ½x·(1 + tanh(√(2/π)·(x + 0.044715x³))) = x · σ(2√(2/π)·(x + 0.044715x³)).
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn gelu_tanh<S: Simd>(x: S::F) -> S::F {
     // SAFETY: as above.

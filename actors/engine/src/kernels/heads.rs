@@ -62,7 +62,6 @@ pub(crate) struct AttentionJob<'a> {
 /// Blocks of sequences, shared by threads that write different places.
 struct Blocks<'a>(&'a [Vec<*mut u8>]);
 
-#[allow(unsafe_code)]
 // SAFETY: keys and values of a row are written by one thread; reading begins when all are written.
 unsafe impl Sync for Blocks<'_> {}
 
@@ -98,7 +97,6 @@ impl Kernels {
                     cosines: &cosines[number * pairs..][..pairs],
                     sines: &sines[number * pairs..][..pairs],
                 };
-                #[allow(unsafe_code)]
                 // SAFETY: each row is this unit's alone; sizes were checked above.
                 unsafe {
                     let qkv = std::slice::from_raw_parts_mut(data.get().add(number * width), width);
@@ -135,7 +133,6 @@ impl Kernels {
             let capacity = run.len() * mine.len();
             let (mut queries, mut outputs, mut positions) =
                 (Vec::with_capacity(capacity), Vec::with_capacity(capacity), Vec::with_capacity(capacity));
-            #[allow(unsafe_code)]
             // SAFETY: each query has its own output; nobody writes queries, keys or values any more.
             unsafe {
                 for number in run.clone() {
@@ -160,7 +157,6 @@ impl Kernels {
 }
 
 /// Norms one head if it is to be, rotates pairs `(i, i + n)` by their angles (Su et al. 2021) and scales it.
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn prepare_head<S: Simd>(
     x: &mut [f32],

@@ -59,7 +59,6 @@ impl Pool {
             return (0..units).for_each(work);
         }
         let call: Call = |data, unit| {
-            #[allow(unsafe_code)]
             // SAFETY: `data` is the `work` below, which lives until all its units are done.
             let work = unsafe { &*data.cast::<W>() };
             work(unit);
@@ -111,7 +110,6 @@ impl Shared {
             fence(Ordering::Acquire);
             match self.ticket.compare_exchange_weak(ticket, ticket + 1, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => {
-                    #[allow(unsafe_code)]
                     // SAFETY: a `Call` was stored there together with this ticket.
                     let call = unsafe { std::mem::transmute::<*mut (), Call>(call) };
                     let unwound = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| call(work, unit)));

@@ -76,7 +76,6 @@ pub(crate) struct Kernels {
 #[derive(Clone, Copy)]
 pub(super) struct Shared<T>(pub *mut T);
 
-#[allow(unsafe_code)]
 // SAFETY: whoever uses it gives each thread parts of its own.
 unsafe impl<T> Sync for Shared<T> {}
 
@@ -146,7 +145,6 @@ impl Kernels {
                         for (value, bias) in result.iter_mut().zip(bias.into_iter().flatten()) {
                             *value += bias;
                         }
-                        #[allow(unsafe_code)]
                         // SAFETY: within `rows · outputs`, and no other unit has these outputs.
                         let out = unsafe {
                             let at = out.get().add((first + row) * outputs + from + at);
@@ -191,7 +189,6 @@ impl Kernels {
                     run_tile(table, gate, number, &group, &mut gates);
                     run_tile(table, up, number, &group, &mut ups);
                     let lanes = LANES.min(outputs - number * LANES);
-                    #[allow(unsafe_code)]
                     // SAFETY: the instruction set is there; places as above.
                     unsafe {
                         (table.gate)(activation, &mut gates, &ups, group.width);
@@ -209,7 +206,6 @@ impl Kernels {
     pub fn norm(&self, x: &mut [f32], weight: &[f32], epsilon: f32) {
         let mut normed = vec![0.0; weight.len()];
         for row in x.chunks_exact_mut(weight.len()) {
-            #[allow(unsafe_code)]
             // SAFETY: the instruction set is there.
             unsafe {
                 (self.table.rms_norm)(row, weight, epsilon, &mut normed);
@@ -229,7 +225,6 @@ impl Kernels {
         self.pool.run(rows.div_ceil(each), |unit| {
             let mut scratch = vec![0.0; inputs];
             for row in unit * each..((unit + 1) * each).min(rows) {
-                #[allow(unsafe_code)]
                 // SAFETY: the instruction set is there; each row is filled once.
                 unsafe {
                     (table.fill_row)(&sink, row, &x[row * inputs..][..inputs], norm, &mut scratch);
@@ -240,7 +235,6 @@ impl Kernels {
 }
 
 fn run_tile(table: &Table, weights: &Packed, number: usize, group: &Group, results: &mut TileOut) {
-    #[allow(unsafe_code)]
     // SAFETY: the instruction set is there; tile and group have the sizes of the shape.
     unsafe {
         (table.tile)(weights.shape, weights.tile(number), group, results);
@@ -284,7 +278,6 @@ impl Units {
 }
 
 /// `gate = activation(gate) · up`, for `width` columns.
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn gate<S: Simd>(activation: Activation, gate: &mut TileOut, up: &TileOut, width: usize) {
     // SAFETY: rows have sixteen places; the caller has made sure of the instructions.

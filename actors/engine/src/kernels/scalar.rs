@@ -18,7 +18,6 @@ fn both(a: [f32; LANES], b: [f32; LANES], map: impl Fn(f32, f32) -> f32) -> [f32
     std::array::from_fn(|i| map(a[i], b[i]))
 }
 
-#[allow(unsafe_code)]
 // SAFETY (of each function): pointers are read and written as the trait says, sixteen (or 64) elements of them.
 impl Simd for Scalar {
     type F = [f32; LANES];

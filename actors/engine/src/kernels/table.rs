@@ -37,28 +37,23 @@ pub(crate) struct Table {
 
 macro_rules! kernels {
     ($set:ty $(, $features:literal)?) => {{
-        #[allow(unsafe_code)]
         $(#[target_feature(enable = $features)])?
         unsafe fn tile_(shape: Shape, tile: *const u8, group: &Group, out: &mut TileOut) {
             // SAFETY: as the caller's, here and below.
             unsafe { tile::tile::<$set>(shape, tile, group, out) }
         }
-        #[allow(unsafe_code)]
         $(#[target_feature(enable = $features)])?
         unsafe fn fill_row(sink: &Sink<'_>, row: usize, x: &[f32], norm: Norm<'_>, scratch: &mut [f32]) {
             unsafe { columns::fill_row::<$set>(sink, row, x, norm, scratch) }
         }
-        #[allow(unsafe_code)]
         $(#[target_feature(enable = $features)])?
         unsafe fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
             unsafe { columns::rms_norm::<$set>(x, weight, epsilon, out) }
         }
-        #[allow(unsafe_code)]
         $(#[target_feature(enable = $features)])?
         unsafe fn gate(activation: Activation, gate: &mut TileOut, up: &TileOut, width: usize) {
             unsafe { product::gate::<$set>(activation, gate, up, width) }
         }
-        #[allow(unsafe_code)]
         $(#[target_feature(enable = $features)])?
         unsafe fn prepare_head(
             x: &mut [f32],
@@ -68,12 +63,10 @@ macro_rules! kernels {
         ) {
             unsafe { heads::prepare_head::<$set>(x, norm, rotation, scale) }
         }
-        #[allow(unsafe_code)]
         $(#[target_feature(enable = $features)])?
         unsafe fn write(layout: KvLayout, block: *mut u8, head: usize, place: usize, k: *const f32, v: *const f32) {
             unsafe { attention::write::<$set>(layout, block, head, place, k, v) }
         }
-        #[allow(unsafe_code)]
         $(#[target_feature(enable = $features)])?
         unsafe fn attend(layout: KvLayout, blocks: &[*const u8], head: usize, window: usize, queries: Queries) {
             unsafe { attention::attend::<$set>(layout, blocks, head, window, queries) }

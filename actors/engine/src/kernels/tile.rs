@@ -34,7 +34,6 @@ pub(crate) struct Group {
 }
 
 /// Computes a tile for a group of columns.
-#[allow(unsafe_code)]
 #[inline(always)]
 pub(crate) unsafe fn tile<S: Simd>(shape: Shape, tile: *const u8, group: &Group, out: &mut TileOut) {
     // SAFETY: the caller's tile and group have the sizes of the shape.
@@ -48,7 +47,6 @@ pub(crate) unsafe fn tile<S: Simd>(shape: Shape, tile: *const u8, group: &Group,
     }
 }
 
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn columns<S: Simd, const N: usize>(shape: Shape, tile: *const u8, group: &Group, out: &mut TileOut) {
     // SAFETY: as the caller's.
@@ -78,7 +76,6 @@ unsafe fn columns<S: Simd, const N: usize>(shape: Shape, tile: *const u8, group:
 // No closures in what follows: the compiler may leave them out of line, where they lack the instructions.
 
 /// Eight times sixteen rows of four weights of `BITS` bits.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn unpack<S: Simd, const BITS: u32>(codes: *const u8) -> [S::B; 8] {
     // SAFETY: as the caller's.
@@ -127,7 +124,6 @@ unsafe fn unpack<S: Simd, const BITS: u32>(codes: *const u8) -> [S::B; 8] {
 }
 
 /// The four bits of 256 bytes: first all lower halves, then all upper ones.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn halves<S: Simd>(codes: *const u8) -> [S::B; 8] {
     // SAFETY: as the caller's.
@@ -148,7 +144,6 @@ unsafe fn halves<S: Simd>(codes: *const u8) -> [S::B; 8] {
 }
 
 /// Adds the products of `weights` (inputs from `4·from` on) to `sums`.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn dots<S: Simd, const N: usize, const J: usize, const SIGNED: bool>(
     weights: &[S::B],
@@ -168,7 +163,6 @@ unsafe fn dots<S: Simd, const N: usize, const J: usize, const SIGNED: bool>(
 }
 
 /// What is added to a block's sum so that weights count from `zero` on.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn starts<S: Simd, const N: usize>(zero: i32, group: &Group, block: usize) -> [S::I; N] {
     // SAFETY: as the caller's.
@@ -184,7 +178,6 @@ unsafe fn starts<S: Simd, const N: usize>(zero: i32, group: &Group, block: usize
     }
 }
 
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn accumulate<S: Simd, const N: usize>(
     scale: S::F,
@@ -207,7 +200,6 @@ unsafe fn accumulate<S: Simd, const N: usize>(
 }
 
 /// Formats with a scale (and a least value) for each block of 32.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn plain<S: Simd, const N: usize, const BITS: u32, const LEAST: bool>(
     spans: usize,
@@ -241,7 +233,6 @@ unsafe fn plain<S: Simd, const N: usize, const BITS: u32, const LEAST: bool>(
 }
 
 /// `Q4_K` and `Q5_K`: for each block of 32 a 6-bit scale and a 6-bit least value, times those of the span.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn k_groups<S: Simd, const N: usize, const BITS: u32>(
     spans: usize,
@@ -272,7 +263,6 @@ unsafe fn k_groups<S: Simd, const N: usize, const BITS: u32>(
 }
 
 /// `Q6_K`: for each 16 inputs a signed 8-bit scale, times that of the span.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn six_bits<S: Simd, const N: usize>(
     spans: usize,
@@ -305,7 +295,6 @@ unsafe fn six_bits<S: Simd, const N: usize>(
 }
 
 /// `KIND`: 0 for F16, 1 for BF16, 2 for F32.
-#[allow(unsafe_code)]
 #[inline(always)]
 unsafe fn floats<S: Simd, const N: usize, const KIND: u32>(
     inputs: usize,

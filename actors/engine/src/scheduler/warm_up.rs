@@ -14,6 +14,7 @@ pub(super) fn warm_up(engine: &mut dyn StepEngine, shared: &Shared) -> Result<()
     let vocabulary = capabilities.vocabulary.max(1);
     let entry = |position: u32| StepEntry { token: position % vocabulary, slot: 0, position };
     let prompt: Vec<StepEntry> = (0..chunk).map(entry).collect();
+    engine.assign_share(0)?;
     let started = Instant::now();
     let logits = engine.step(&prompt, &[prompt.len() - 1])?;
     if logits.row(0).iter().all(|logit| logit.is_nan()) {

@@ -1,10 +1,23 @@
 use super::*;
 use crate::gguf::tiny::{Meta, Sizes, Tiny, VOCABULARY, llama, numbers};
 
-fn load(tiny: &Tiny, slots: u32) -> Result<Llama, String> {
+fn load(tiny: &Tiny, slots: u32) -> Result<Model, String> {
     let gguf = Gguf::from_bytes(tiny.bytes()).map_err(|error| error.to_string())?;
-    let words = (String::new(), String::new());
-    Llama::load(Arc::new(gguf), &Device::flex(), slots, None, words).map_err(|error| error.to_string())
+    load_onto(Device::flex(), Arc::new(gguf), &ModelOptions { slots, ..ModelOptions::default() })
+}
+
+/// With an equal share of blocks for each slot.
+fn load_onto(device: Device, gguf: Arc<Gguf>, options: &ModelOptions) -> Result<Model, String> {
+    let placement = Placement { device, backend: String::new(), numerics: String::new() };
+    let mut model = Model::load(gguf, placement, options).map_err(|error| error.to_string())?;
+    (0..options.slots).for_each(|slot| model.assign_share(slot).unwrap());
+    Ok(model)
+}
+
+/// Ends a slot's sequence and makes it ready for another.
+fn renew(model: &mut Model, slot: u32) {
+    model.release(slot);
+    model.assign_share(slot).unwrap();
 }
 
 fn entries(slot: u32, from: usize, tokens: &[u32]) -> Vec<StepEntry> {
@@ -107,12 +120,12 @@ fn bits_do_not_depend_on_chunks_or_company() {
         let mut model = load(&tiny, 3).unwrap();
         let all: Vec<usize> = (0..tokens.len()).collect();
         let whole = model.step(&entries(0, 0, &tokens), &all).unwrap();
-        model.release(0);
+        renew(&mut model, 0);
         for (position, token) in tokens.iter().enumerate() {
             let logits = model.step(&entries(0, position, &[*token]), &[0]).unwrap();
             assert!(logits.row(0) == whole.row(position), "one by one, {kv_heads} kv heads, {position}");
         }
-        model.release(0);
+        renew(&mut model, 0);
         let mut position = 0;
         for (turn, length) in [1, 2, 63, 5, 9, 31, 39].into_iter().enumerate() {
             let company: Vec<u32> = (0..turn as u32 * 3 + 1).collect();
@@ -129,7 +142,7 @@ fn bits_do_not_depend_on_chunks_or_company() {
                 );
             }
             position += length;
-            model.release(2);
+            renew(&mut model, 2);
         }
         assert_eq!(position, 150);
     }
@@ -138,14 +151,14 @@ fn bits_do_not_depend_on_chunks_or_company() {
 #[test]
 fn impossible_entries_are_refused_and_slots_start_anew() {
     let mut model = load(&llama(Sizes { layers: 1, context_length: 64, ..Sizes::default() }), 2).unwrap();
-    let refuse = |model: &mut Llama, entries: &[StepEntry]| assert!(model.step(entries, &[]).is_err(), "{entries:?}");
+    let refuse = |model: &mut Model, entries: &[StepEntry]| assert!(model.step(entries, &[]).is_err(), "{entries:?}");
     refuse(&mut model, &entries(2, 0, &[1]));
     refuse(&mut model, &entries(0, 1, &[1]));
     refuse(&mut model, &entries(0, 0, &[VOCABULARY as u32]));
     refuse(&mut model, &[entries(0, 0, &[1]), entries(1, 0, &[1]), entries(0, 1, &[1])].concat());
     let first = model.step(&entries(0, 0, &[1, 2]), &[1]).unwrap();
     refuse(&mut model, &entries(0, 0, &[1]));
-    model.release(0);
+    renew(&mut model, 0);
     model.release(99);
     assert_eq!(model.step(&entries(0, 0, &[1, 2]), &[1]).unwrap(), first);
     refuse(&mut model, &entries(0, 2, &[3; 63]));
@@ -159,7 +172,7 @@ fn models_that_cannot_run_are_refused_by_name() {
         load(&tiny, 1).unwrap_err()
     };
     let other = error(&|tiny| tiny.meta("general.architecture", Meta::Text("mamba".into())));
-    assert!(other.contains("the architecture \"mamba\" is not supported: only \"llama\" is"), "{other}");
+    assert!(other.contains("the architecture \"mamba\" is not supported: \"llama\", \"qwen2\""), "{other}");
     assert!(error(&|tiny| tiny.meta("llama.expert_count", Meta::U32(8))).contains("mixture of experts"));
     assert!(error(&|tiny| tiny.without("llama.block_count")).contains("llama.block_count is missing"));
     assert!(error(&|tiny| tiny.without("blk.0.ffn_up.weight")).contains("tensor blk.0.ffn_up.weight is missing"));
@@ -177,15 +190,16 @@ fn models_that_cannot_run_are_refused_by_name() {
 #[cfg(feature = "gpu")]
 #[test]
 fn a_gpu_computes_what_the_cpu_computes() {
-    let (device, (backend, numerics)) = match crate::device::choose(DeviceChoice::Gpu) {
+    let found = match crate::device::choose(DeviceChoice::Gpu) {
         Ok(found) => found,
         Err(why) => return println!("not tried: {why}"),
     };
-    println!("{backend}, {numerics}");
+    println!("{}, {}", found.backend, found.numerics);
     let sizes = Sizes { heads: 5, kv_heads: 1, ..Sizes::default() };
     let gguf = Arc::new(Gguf::from_bytes(llama(sizes).bytes()).unwrap());
-    let open = |device: &Device| Llama::load(gguf.clone(), device, 2, None, Default::default()).unwrap();
-    let (mut gpu, mut cpu) = (open(&device), open(&Device::flex()));
+    let options = ModelOptions { slots: 2, ..ModelOptions::default() };
+    let open = |device| load_onto(device, gguf.clone(), &options).unwrap();
+    let (mut gpu, mut cpu) = (open(found.device), open(Device::flex()));
     let tokens = tokens(90);
     let mut compare = |entries: &[StepEntry]| {
         let want: Vec<usize> = (0..entries.len()).collect();
