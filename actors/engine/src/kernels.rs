@@ -13,6 +13,7 @@ mod avx512;
 mod columns;
 mod float;
 mod heads;
+mod limits;
 mod pack;
 mod pool;
 mod product;

@@ -11,6 +11,7 @@
 //!                                     heartbeat thread: progress while nothing else is said
 //! ```
 
+pub mod bench;
 pub mod dequantize;
 pub mod echo;
 pub mod gguf;

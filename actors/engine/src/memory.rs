@@ -35,3 +35,13 @@ pub(crate) fn available() -> Option<u64> {
 pub(crate) fn available() -> Option<u64> {
     None
 }
+
+/// Resident bytes of this process, and what of them no other process shares.
+pub(crate) fn of_this_process() -> Option<(u64, u64)> {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup").ok()?;
+    let field = |name: &str| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+    };
+    Some((field("Rss:")?, field("Private_Clean:")? + field("Private_Dirty:")?))
+}

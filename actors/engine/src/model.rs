@@ -137,6 +137,21 @@ impl Model {
         &self.hyperparameters
     }
 
+    /// Bytes of weights that a step of decoding reads.
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        self.weights.sizes(&self.hyperparameters).0
+    }
+
+    /// Multiplications with weights for one token of a prompt.
+    pub(crate) fn weights_per_token(&self) -> u64 {
+        self.weights.sizes(&self.hyperparameters).1
+    }
+
+    /// The CPU's kernels, if they compute.
+    pub(crate) fn kernels(&mut self) -> Option<&mut Kernels> {
+        self.cpu.as_mut()
+    }
+
     /// Checks the entries and cuts them into groups.
     fn check(&self, entries: &[StepEntry]) -> Result<Checked, EngineError> {
         let impossible = |entry: &StepEntry| EngineError::Step(format!("an impossible entry: {entry:?}"));
@@ -195,7 +210,7 @@ impl Model {
         let Self { hyperparameters: model, weights, rotary, slots, store, cpu, .. } = self;
         let positions = || checked.rows.iter().map(|row| row.position as u32);
         let global = rotary.0.at(positions());
-        let local = model.local_rope().map(|_| rotary.1.at(positions()));
+        let local = model.local_rope_base.map(|_| rotary.1.at(positions()));
         let tables: Vec<&[u32]> = checked.slots.iter().map(|slot| slots[*slot].blocks.as_slice()).collect();
         let activation = if model.family == Family::Gemma3 { Activation::GeluTanh } else { Activation::Silu };
         for (number, layer) in weights.layers.iter().enumerate() {

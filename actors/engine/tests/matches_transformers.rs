@@ -102,6 +102,7 @@ fn logits_are_equal() {
     let mut model = Model::open(&support::model(), DeviceChoice::Cpu, &ModelOptions::default()).unwrap();
     let (mut positions, mut exempt, mut worst) = (0u32, 0u32, 0.0f32);
     for prompt in &reference.prompts {
+        model.assign_share(0).unwrap();
         let tokens = [&prompt.prompt_ids[..], &prompt.greedy_ids[..]].concat();
         let first = prompt.prompt_ids.len() - 1;
         // The reference's tokens, whatever we would have chosen: one wrong choice must not hide what follows.

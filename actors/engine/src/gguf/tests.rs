@@ -124,7 +124,7 @@ fn use_all(gguf: &Gguf) {
             assert!(bytes.len() as u64 <= gguf.file_bytes());
         }
     }
-    let _ = crate::llama::Hyperparameters::from_gguf(gguf);
+    let _ = crate::model::Hyperparameters::from_gguf(gguf);
     let _ = crate::text::Tokenizer::from_gguf(gguf);
 }
 

@@ -2,12 +2,12 @@
 
 use super::attention::{KvLayout, Queries};
 use super::columns::{Norm, Sink};
-use super::heads::{HeadNorms, Rotation};
+use super::heads::Rotation;
 use super::pack::Shape;
 use super::product::Activation;
 use super::simd::Simd;
 use super::tile::{Group, TileOut};
-use super::{attention, columns, heads, product, scalar, tile};
+use super::{attention, columns, heads, limits, product, scalar, tile};
 
 /// Instructions that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +33,8 @@ pub(crate) struct Table {
     pub prepare_head: unsafe fn(&mut [f32], Option<(&[f32], f32)>, &Rotation<'_>, f32),
     pub write: unsafe fn(KvLayout, *mut u8, usize, usize, *const f32, *const f32),
     pub attend: unsafe fn(KvLayout, &[*const u8], usize, usize, Queries),
+    pub sweep: unsafe fn(&[u64]) -> f32,
+    pub dots: unsafe fn(i32) -> f32,
 }
 
 macro_rules! kernels {
@@ -71,6 +73,14 @@ macro_rules! kernels {
         unsafe fn attend(layout: KvLayout, blocks: &[*const u8], head: usize, window: usize, queries: Queries) {
             unsafe { attention::attend::<$set>(layout, blocks, head, window, queries) }
         }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn sweep(part: &[u64]) -> f32 {
+            unsafe { limits::sweep::<$set>(part) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn dots(seed: i32) -> f32 {
+            unsafe { limits::dots::<$set>(seed) }
+        }
         Table {
             columns: <$set as Simd>::COLUMNS,
             tile: tile_,
@@ -80,6 +90,8 @@ macro_rules! kernels {
             prepare_head,
             write,
             attend,
+            sweep,
+            dots,
         }
     }};
 }

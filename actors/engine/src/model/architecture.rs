@@ -66,6 +66,8 @@ pub struct Hyperparameters {
     pub original_context: Option<u32>,
     /// Cosines and sines are multiplied by this.
     pub rope_magnitude: f32,
+    /// Base of the rotary frequencies in windowed layers, where it is another; their positions are not divided.
+    pub local_rope_base: Option<f32>,
     /// Positions that windowed layers see.
     pub window: Option<usize>,
     /// Scores are multiplied by this.
@@ -181,10 +183,6 @@ impl Hyperparameters {
         }
     }
 
-    /// Base and factor of the rotary frequencies in windowed layers, where they are others.
-    pub fn local_rope(&self) -> Option<(f32, f32)> {
-        (self.family == Family::Gemma3).then_some((GEMMA_LOCAL_BASE, 1.0))
-    }
 }
 
 fn read(keys: &Keys<'_>, family: Family) -> Result<Hyperparameters, GgufError> {
@@ -213,8 +211,16 @@ fn read(keys: &Keys<'_>, family: Family) -> Result<Hyperparameters, GgufError> {
         rope_factor: keys.positive("rope.scaling.factor")?.unwrap_or(1.0),
         original_context: keys.optional("rope.scaling.original_context_length")?.map(|n| n as u32),
         rope_magnitude: keys.positive("rope.scaling.attn_factor")?.unwrap_or(1.0),
+        local_rope_base: match family {
+            Family::Gemma3 => Some(keys.positive("rope.freq_base_swa")?.unwrap_or(GEMMA_LOCAL_BASE)),
+            _ => None,
+        },
         window: match family {
-            Family::Gemma3 | Family::Phi3 => keys.optional("attention.sliding_window")?,
+            // 0 is none.
+            Family::Gemma3 | Family::Phi3 => {
+                let window = keys.gguf.number(&keys.key("attention.sliding_window"))?;
+                window.filter(|window| *window > 0).map(|window| window as usize)
+            }
             // Other files name a window that the models were not trained with.
             _ => None,
         },

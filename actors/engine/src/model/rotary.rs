@@ -49,8 +49,8 @@ impl Rotary {
             };
             Self { frequencies: divisors.iter().enumerate().map(frequency).collect(), magnitude }
         };
-        let (base, factor) = model.local_rope().unwrap_or((model.rope_base, model.rope_factor));
-        Ok((of(model.rope_base, model.rope_factor), of(base, factor)))
+        let global = of(model.rope_base, model.rope_factor);
+        Ok((global, of(model.local_rope_base.unwrap_or(model.rope_base), 1.0)))
     }
 
     /// For some positions.

@@ -103,7 +103,7 @@ fn it_computes_what_is_written_down_plainly() {
         for (position, expected) in expected.iter().enumerate() {
             for (got, expected) in logits.row(position).iter().zip(expected) {
                 assert!(
-                    (f64::from(*got) - expected).abs() < 2e-4 * (1.0 + expected.abs()),
+                    (f64::from(*got) - expected).abs() < 4e-3 * (1.0 + expected.abs()),
                     "{sizes:?} {position}: {got} {expected}"
                 );
             }
@@ -182,8 +182,8 @@ fn models_that_cannot_run_are_refused_by_name() {
     assert!(error(&|tiny| tiny.meta("llama.rope.dimension_count", Meta::U32(8))).contains("8 rotated"));
     assert!(error(&|tiny| tiny.meta("llama.rope.scaling.type", Meta::Text("yarn".into()))).contains("\"yarn\""));
     assert!(error(&|tiny| tiny.meta("llama.rope.freq_base", Meta::F32(f32::NAN))).contains("llama.rope.freq_base"));
-    let bias = error(&|tiny| tiny.tensor_f32("blk.0.attn_q.bias", &[2], &[0.0, 0.0]));
-    assert!(bias.contains("tensor blk.0.attn_q.bias is not supported"), "{bias}");
+    let odd = error(&|tiny| tiny.tensor_f32("blk.0.attn_sinks.weight", &[2], &[0.0, 0.0]));
+    assert!(odd.contains("tensor blk.0.attn_sinks.weight is not supported"), "{odd}");
 }
 
 /// Runs where the `gpu` feature is built in and any adapter is found, a software one included.

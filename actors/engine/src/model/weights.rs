@@ -10,7 +10,7 @@ use super::linear::{Gated, Linear, RmsNorm};
 use super::packed_file::{PackedFile, Piece};
 use crate::dequantize::Format;
 use crate::gguf::{Gguf, GgufError, TensorInfo};
-use crate::kernels::Shape;
+use crate::kernels::{Packed, Shape};
 use crate::{EngineError, PackedCache};
 
 /// Inputs that one task takes at a time, in whole blocks of the format.
@@ -168,6 +168,28 @@ impl Weights {
             None
         };
         Loader { gguf, device, packed }.all(model).map_err(damaged)
+    }
+}
+
+impl Weights {
+    /// Bytes of all matrices, and multiplications of one token with those of the layers.
+    pub fn sizes(&self, model: &Hyperparameters) -> (u64, u64) {
+        let of_parts = |parts: &[Packed]| -> u64 { parts.iter().map(|part| part.shape().bytes().unwrap_or(0) as u64).sum() };
+        let linear = |linear: &Linear| match linear {
+            Linear::Packed { parts, .. } => of_parts(parts),
+            Linear::Dense { weight, .. } => weight.dims().iter().product::<usize>() as u64 * 4,
+        };
+        let mut bytes = linear(&self.output);
+        for layer in &self.layers {
+            bytes += linear(&layer.query_key_value) + linear(&layer.attention_output) + linear(&layer.down);
+            bytes += match &layer.gate_up {
+                Gated::Packed { gate, up } => of_parts(&[gate.clone(), up.clone()]),
+                Gated::Dense { weight, .. } => weight.dims().iter().product::<usize>() as u64 * 4,
+            };
+        }
+        let Hyperparameters { embedding, feed_forward, heads, kv_heads, head_size, layers, .. } = *model;
+        let each = embedding * head_size * (2 * heads + 2 * kv_heads) + 3 * embedding * feed_forward;
+        (bytes, (layers * each) as u64)
     }
 }
 

@@ -7,12 +7,16 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::gguf::tiny;
-use crate::{Engine, EngineSpec, ModelSource};
+use crate::{Engine, EngineSpec, ModelOptions, ModelSource};
 
 const WAIT: Duration = Duration::from_secs(20);
 
 fn echo() -> EngineSpec {
     EngineSpec { queue: 8, ..EngineSpec::new(ModelSource::Echo, ModelDigest::default()) }
+}
+
+fn slots(slots: u32) -> ModelOptions {
+    ModelOptions { slots, ..ModelOptions::default() }
 }
 
 fn started(spec: EngineSpec) -> Engine {
@@ -175,7 +179,7 @@ fn max_tokens_and_stop_texts_end_it() {
 
 #[test]
 fn the_context_is_filled_to_its_last_token() {
-    let engine = started(EngineSpec { context_length: Some(20), ..echo() });
+    let engine = started(EngineSpec { options: ModelOptions { context_length: Some(20), ..slots(4) }, ..echo() });
     let whole = ask(&engine, request("repeat 9: hey "));
     // The prompt has 14 bytes and 3 marks.
     assert_eq!((whole.text().as_str(), whole.finished().reason), ("hey", FinishReason::Length));
@@ -252,7 +256,7 @@ fn a_resumed_answer_goes_on_at_the_exact_byte() {
 
 #[test]
 fn a_client_that_leaves_frees_its_slot_within_a_step() {
-    let engine = started(EngineSpec { slots: 1, ..echo() });
+    let engine = started(EngineSpec { options: slots(1), ..echo() });
     let mut receiver = submit(&engine, request("repeat 1000 every 10ms: x"), 64);
     while !matches!(receiver.blocking_recv(), Some(Answer::Token(_))) {}
     let step = engine.snapshot().step;
@@ -273,7 +277,7 @@ fn a_client_that_leaves_frees_its_slot_within_a_step() {
 #[test]
 fn a_slow_reader_holds_up_nobody_and_loses_its_answer_in_the_end() {
     let reader_deadline = Duration::from_millis(400);
-    let engine = started(EngineSpec { slots: 2, reader_deadline, ..echo() });
+    let engine = started(EngineSpec { options: slots(2), reader_deadline, ..echo() });
     let slow = submit(&engine, request("repeat 100: x"), 4);
     until(|| engine.snapshot().running == 1);
     let start = Instant::now();
@@ -288,7 +292,7 @@ fn a_slow_reader_holds_up_nobody_and_loses_its_answer_in_the_end() {
 
 #[test]
 fn a_reader_that_catches_up_misses_nothing() {
-    let engine = started(EngineSpec { slots: 1, ..echo() });
+    let engine = started(EngineSpec { options: slots(1), ..echo() });
     let slow = submit(&engine, request("repeat 20: xyz"), 3);
     std::thread::sleep(Duration::from_millis(100));
     let step = engine.snapshot().step;
@@ -308,7 +312,7 @@ fn a_reader_that_catches_up_misses_nothing() {
 
 #[test]
 fn the_queue_is_bounded_and_served_by_priority() {
-    let engine = started(EngineSpec { slots: 1, queue: 3, ..echo() });
+    let engine = started(EngineSpec { options: slots(1), queue: 3, ..echo() });
     let first = submit(&engine, request("repeat 30 every 10ms: x"), 64);
     until(|| engine.snapshot().running == 1);
     let order = std::sync::Mutex::new(Vec::new());
@@ -337,7 +341,7 @@ fn the_queue_is_bounded_and_served_by_priority() {
 
 #[test]
 fn silence_is_never_longer_than_250_ms() {
-    let engine = started(EngineSpec { slots: 1, ..echo() });
+    let engine = started(EngineSpec { options: slots(1), ..echo() });
     let first = submit(&engine, request("prefill 900ms: x"), 64);
     let second = submit(&engine, request("y"), 64);
     let watch = |mut receiver: mpsc::Receiver<Answer>| {
@@ -363,7 +367,7 @@ fn silence_is_never_longer_than_250_ms() {
 
 #[test]
 fn deadlines_end_what_runs_and_what_waits() {
-    let engine = started(EngineSpec { slots: 1, ..echo() });
+    let engine = started(EngineSpec { options: slots(1), ..echo() });
     let running = submit(&engine, changed("repeat 1000 every 10ms: x", |r| r.remaining_ms = 300), 64);
     until(|| engine.snapshot().running == 1);
     let waiting = submit(&engine, changed("y", |r| r.remaining_ms = 100), 64);
@@ -377,7 +381,7 @@ fn deadlines_end_what_runs_and_what_waits() {
 
 #[test]
 fn a_panic_in_a_step_ends_every_answer_and_is_reported() {
-    let engine = started(EngineSpec { slots: 2, ..echo() });
+    let engine = started(EngineSpec { options: slots(2), ..echo() });
     let other = submit(&engine, request("repeat 1000 every 5ms: y"), 1024);
     until(|| engine.snapshot().running == 1);
     let whole = ask(&engine, request("panic after 3: hello"));
@@ -393,7 +397,7 @@ fn a_panic_in_a_step_ends_every_answer_and_is_reported() {
 
 #[test]
 fn draining_refuses_the_new_and_finishes_the_old() {
-    let engine = started(EngineSpec { slots: 1, ..echo() });
+    let engine = started(EngineSpec { options: slots(1), ..echo() });
     let mut changes = engine.changed();
     let before = *changes.borrow_and_update();
     let running = submit(&engine, request("repeat 20 every 5ms: x"), 64);
@@ -410,7 +414,7 @@ fn draining_refuses_the_new_and_finishes_the_old() {
 
 #[test]
 fn stopping_leaves_nobody_without_an_end() {
-    let engine = started(EngineSpec { slots: 1, ..echo() });
+    let engine = started(EngineSpec { options: slots(1), ..echo() });
     let running = submit(&engine, request("repeat 1000 every 5ms: x"), 1024);
     until(|| engine.snapshot().running == 1);
     let mut waiting = submit(&engine, request("y"), 64);
@@ -453,7 +457,7 @@ fn answers_are_the_same_alone_in_company_and_resumed() {
     let folder = tempfile::tempdir().unwrap();
     let path = tiny::llama(tiny::Sizes { feed_forward: 1100, ..Default::default() }).write(folder.path());
     let spec = EngineSpec::new(ModelSource::Gguf(path), ModelDigest::default());
-    let engine = started(EngineSpec { slots: 4, ..spec });
+    let engine = started(EngineSpec { options: slots(4), ..spec });
     assert_eq!(engine.snapshot().state, ModelState::Ready);
     let requests: Vec<Request> = [0.0, 0.7, 1.5, 1.0, 0.0, 1.0]
         .into_iter()
