@@ -14,7 +14,11 @@
 pub mod dequantize;
 pub mod echo;
 pub mod gguf;
+pub mod huggingface;
 pub mod llama;
+pub mod perplexity;
+pub mod quantize;
+pub mod safetensors;
 pub mod text;
 
 mod device;
