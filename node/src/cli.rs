@@ -8,6 +8,10 @@ use ingle_actors::node::DeviceKind;
 use crate::config::Layer;
 use crate::logging::LogFormat;
 
+mod models;
+
+pub use models::{EvaluateModels, Models, ModelsCommand, QuantizeModel};
+
 /// The machines of a home or small office as one private AI assistant.
 ///
 /// One command starts a node that answers the OpenAI API on this machine; nodes that join each other answer with
@@ -68,6 +72,8 @@ pub enum Command {
     Status(Status),
     /// Ask the assistant and print its answer as it comes
     Chat(Chat),
+    /// Convert model files to other formats, and measure what that costs
+    Models(Models),
     /// The engine process, started by the node
     #[command(hide = true)]
     Engine(Engine),

@@ -2,6 +2,7 @@
 
 mod chat;
 mod join;
+mod models;
 mod progress;
 mod status;
 mod token;
@@ -36,6 +37,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Token(token) => block_on(many_threads()?, token::run(&settings, token))?,
         Command::Status(status) => block_on(one_thread()?, status::run(&settings, status))?,
         Command::Chat(chat) => block_on(one_thread()?, chat::run(&settings, chat))?,
+        Command::Models(models) => block_on(many_threads()?, models::run(&settings, models))?,
         Command::Engine(_) => {}
     }
     Ok(ExitCode::SUCCESS)

@@ -15,7 +15,9 @@ impl Format {
     /// The largest magnitude of a weight that the format holds for sure: scales are half-precision numbers.
     pub const fn largest(self) -> f32 {
         match self {
-            Self::F32 | Self::Bf16 => f32::MAX,
+            Self::F32 => f32::MAX,
+            // What is larger would round to infinity.
+            Self::Bf16 => 3.389_531_4e38,
             _ => 65504.0,
         }
     }

@@ -83,7 +83,8 @@ proptest! {
             for (block, back) in values.chunks(format.block_weights()).zip(back.chunks(format.block_weights())) {
                 let range = 2.0 * block.iter().fold(0.0f32, |most, x| most.max(x.abs()));
                 for (x, y) in block.iter().zip(back) {
-                    prop_assert!((x - y).abs() <= bound(format) * range + 1e-7, "{} {x} {y} {range}", format.name());
+                    // Scales of tiny weights are half-precision numbers with few digits left.
+                    prop_assert!((x - y).abs() <= bound(format) * range + 2e-6, "{} {x} {y} {range}", format.name());
                 }
             }
         }
@@ -122,8 +123,8 @@ fn what_a_format_holds_exactly_stays_as_it_is() {
     exact(Format::Q4_1, (0..32).map(|n| (n % 16) as f32 * 0.5 + 3.0).collect());
     exact(Format::Q5_0, (0..32).map(|n| n as f32 * 0.5 - 8.0).collect());
     exact(Format::Q5_1, (0..32).map(|n| n as f32 * 0.5 + 3.0).collect());
-    exact(Format::F16, vec![0.5, -65504.0, 6e-8f32.mul_add(0.0, 0.000_061_035_156)]);
-    exact(Format::Bf16, vec![0.5, -1e38f32.mul_add(0.0, 1.0)]);
+    exact(Format::F16, vec![0.5, -65504.0, 0.000_061_035_156]);
+    exact(Format::Bf16, vec![0.5, -1.0]);
     for format in QUANTIZED {
         exact(format, vec![0.0; 256]);
     }
