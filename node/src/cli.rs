@@ -8,6 +8,10 @@ use ingle_actors::node::DeviceKind;
 use crate::config::Layer;
 use crate::logging::LogFormat;
 
+mod models;
+
+pub use models::{EvaluateModels, Models, ModelsCommand, QuantizeModel};
+
 /// The machines of a home or small office as one private AI assistant.
 ///
 /// One command starts a node that answers the OpenAI API on this machine; nodes that join each other answer with
@@ -68,6 +72,12 @@ pub enum Command {
     Status(Status),
     /// Ask the assistant and print its answer as it comes
     Chat(Chat),
+    /// Measure how fast this machine is with a model, and how near that is to its limits
+    ///
+    /// Loads the model in this process; stop a node that uses the same processor first, as the two would share it.
+    Bench(Bench),
+    /// Convert model files to other formats, and measure what that costs
+    Models(Models),
     /// The engine process, started by the node
     #[command(hide = true)]
     Engine(Engine),
@@ -104,6 +114,26 @@ pub struct Up {
     /// [default: 20s]
     #[arg(long, value_name = "TIME")]
     pub drain_limit: Option<String>,
+}
+
+/// Options of `ingle bench`.
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// A model's name or a GGUF file
+    #[arg(long, value_name = "MODEL", default_value = "default")]
+    pub model: String,
+    /// What to compute on: `auto`, `cpu` or `gpu`
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: DeviceKind,
+    /// Threads that compute [default: one for each core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Instructions to compute with, for comparisons: `portable`, `avx2` or `avx512-vnni` [default: the best there are]
+    #[arg(long, value_name = "SET")]
+    pub instructions: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `ingle join`.

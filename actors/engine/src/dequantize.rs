@@ -1,6 +1,7 @@
 //! Weight formats of GGUF files, turned into `f32`. Each follows ggml's definition to the bit.
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use crate::gguf::{GgufError, TensorInfo};
 
@@ -104,7 +105,8 @@ impl Format {
         })
     }
 
-    const fn number(self) -> u32 {
+    /// ggml's number of the format.
+    pub const fn number(self) -> u32 {
         match self {
             Self::F32 => 0,
             Self::F16 => 1,
@@ -118,6 +120,16 @@ impl Format {
             Self::Q6K => 14,
             Self::Bf16 => 30,
         }
+    }
+
+    /// ggml's name of the format: `Q4_1` and the like.
+    pub fn name(self) -> String {
+        format_name(self.number())
+    }
+
+    /// False for plain numbers, true where weights share scales.
+    pub const fn is_quantized(self) -> bool {
+        self.block_weights() > 1
     }
 
     /// Weights of one block.
@@ -191,6 +203,17 @@ impl Format {
             }),
             Self::Q6K => blocks.for_each(|(b, out)| q6k(b, out)),
         }
+    }
+}
+
+impl Format {
+    /// [`Format::dequantize`] on all cores.
+    pub fn dequantize_in_parallel(self, bytes: &[u8], out: &mut [f32]) {
+        let blocks = 16_384 / self.block_weights();
+        bytes
+            .par_chunks(blocks * self.block_bytes())
+            .zip(out.par_chunks_mut(blocks * self.block_weights()))
+            .for_each(|(bytes, out)| self.dequantize(bytes, out));
     }
 }
 

@@ -12,7 +12,9 @@ use memmap2::Mmap;
 use crate::EngineError;
 
 mod value;
+mod writer;
 pub use value::{Array, Value};
+pub use writer::{MetaValue, Plan, PlannedTensor, WriteError};
 
 #[cfg(test)]
 pub(crate) mod tiny;
@@ -112,6 +114,8 @@ pub struct Gguf {
     bytes: Bytes,
     version: u32,
     metadata: BTreeMap<String, Value>,
+    /// Keys in the file's order, each with the bytes of its type and value.
+    places: Vec<(String, Range<usize>)>,
     tensors: BTreeMap<String, TensorInfo>,
     data: u64,
 }
@@ -172,11 +176,11 @@ impl Gguf {
         }
         let tensor_count = reader.count("the number of tensors", MAX_TENSORS)?;
         let metadata_count = reader.count("the number of metadata entries", MAX_METADATA)?;
-        let metadata = read_metadata(&mut reader, metadata_count)?;
+        let (metadata, places) = read_metadata(&mut reader, metadata_count)?;
         let tensors = read_tensor_infos(&mut reader, tensor_count)?;
         let alignment = alignment(&metadata)?;
         let data = (reader.at as u64).next_multiple_of(alignment);
-        let gguf = Self { path: path.into(), version, metadata, tensors, data, bytes };
+        let gguf = Self { path: path.into(), version, metadata, places, tensors, data, bytes };
         gguf.check_extents(alignment)?;
         Ok(gguf)
     }
@@ -253,6 +257,12 @@ impl Gguf {
         Ok(&self.bytes[self.extent(info, bytes)?])
     }
 
+    /// All metadata in the file's order, each value with its type as GGUF encodes them (the same in versions 2 and
+    /// 3): what a copy of the file must hold bit for bit.
+    pub fn raw_metadata(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.places.iter().map(|(key, place)| (key.as_str(), &self.bytes[place.clone()]))
+    }
+
     /// A metadata value, if there is one under this key.
     pub fn find(&self, key: &str) -> Option<&Value> {
         self.metadata.get(key)
@@ -308,17 +318,22 @@ fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, GgufError> {
     }
 }
 
-fn read_metadata(reader: &mut Reader<'_>, count: u64) -> Result<BTreeMap<String, Value>, GgufError> {
-    let mut metadata = BTreeMap::new();
+/// The values by key, and the keys in the file's order with the places of their types and values.
+type Metadata = (BTreeMap<String, Value>, Vec<(String, Range<usize>)>);
+
+fn read_metadata(reader: &mut Reader<'_>, count: u64) -> Result<Metadata, GgufError> {
+    let (mut metadata, mut places) = (BTreeMap::new(), Vec::new());
     for n in 0..count {
         let key = reader.name(|| format!("the key of metadata entry {n}"))?;
+        let from = reader.at;
         let kind = reader.u32(|| format!("the type of {key}"))?;
         let value = value::read(reader, &key, kind, MAX_DEPTH)?;
+        places.push((key.clone(), from..reader.at));
         if metadata.insert(key.clone(), value).is_some() {
             return Err(GgufError::Invalid { what: key, why: "it is there twice".into() });
         }
     }
-    Ok(metadata)
+    Ok((metadata, places))
 }
 
 fn read_tensor_infos(reader: &mut Reader<'_>, count: u64) -> Result<BTreeMap<String, TensorInfo>, GgufError> {

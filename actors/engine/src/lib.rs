@@ -15,7 +15,11 @@ pub mod bench;
 pub mod dequantize;
 pub mod echo;
 pub mod gguf;
+pub mod huggingface;
 pub mod model;
+pub mod perplexity;
+pub mod quantize;
+pub mod safetensors;
 pub mod text;
 
 mod device;

@@ -46,6 +46,16 @@ pub struct PackedCache {
     pub limit: u64,
 }
 
+/// Bytes of packed files at most, unless the spec says otherwise.
+pub const DEFAULT_PACKED_LIMIT: u64 = 64 << 30;
+
+impl PackedCache {
+    /// In a folder of the model store, with the usual limit.
+    pub fn beside(store: &std::path::Path, digest: String) -> Self {
+        Self { folder: store.join("packed"), digest, limit: DEFAULT_PACKED_LIMIT }
+    }
+}
+
 /// What can be set for a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelOptions {

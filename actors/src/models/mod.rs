@@ -6,6 +6,7 @@
 mod catalog;
 mod client;
 mod fetch;
+mod find;
 mod hash;
 mod hub;
 mod part;
@@ -18,7 +19,11 @@ mod wheel;
 
 pub use catalog::{CatalogModel, SourceSpec, default_model};
 pub use client::{ClientError, http_client};
+pub use find::{FindError, FoundModel, find_model};
 pub use hash::{LocalFileError, LocalModel, model_name};
 pub use pypi::PipProgram;
 pub use source::{SourceError, SourceSettings};
 pub use store::{FetchError, ModelStore, StoreError, default_dir};
+
+/// Model files in other formats, and how good they are: the engine's own, for those above.
+pub use ingle_engine::{InstructionSet, ModelOptions, ModelSummary, PackedCache, bench, inspect, perplexity, quantize};

@@ -40,6 +40,16 @@ impl DeviceKind {
     }
 }
 
+impl From<DeviceKind> for ingle_engine::DeviceChoice {
+    fn from(kind: DeviceKind) -> Self {
+        match kind {
+            DeviceKind::Auto => Self::Auto,
+            DeviceKind::Cpu => Self::Cpu,
+            DeviceKind::Gpu => Self::Gpu,
+        }
+    }
+}
+
 impl std::str::FromStr for DeviceKind {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ingle_engine::{DeviceChoice, Engine, EngineSpec, ModelSource};
+use ingle_engine::{Engine, EngineSpec, ModelSource};
 use ingle_protocol::liveness::PULSE_INTERVAL;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::{EnginePulse, EngineReport, ModelState, Request};
@@ -75,11 +75,7 @@ async fn serve(options: EngineProcessOptions) -> Result<(), String> {
     let mut spec = EngineSpec::new(source, digest);
     spec.options.slots = options.slots.max(1);
     spec.options.context_length = Some(LONGEST_CONTEXT);
-    spec.device = match options.device {
-        DeviceKind::Auto => DeviceChoice::Auto,
-        DeviceKind::Cpu => DeviceChoice::Cpu,
-        DeviceKind::Gpu => DeviceChoice::Gpu,
-    };
+    spec.device = options.device.into();
     let listener = LocalListener::bind(&options.socket)
         .map_err(|error| format!("the socket {}: {error}", options.socket.display()))?;
     let engine = Arc::new(Engine::start(spec));

@@ -1,7 +1,9 @@
 //! What the commands do.
 
+mod bench;
 mod chat;
 mod join;
+mod models;
 mod progress;
 mod status;
 mod token;
@@ -36,6 +38,8 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Token(token) => block_on(many_threads()?, token::run(&settings, token))?,
         Command::Status(status) => block_on(one_thread()?, status::run(&settings, status))?,
         Command::Chat(chat) => block_on(one_thread()?, chat::run(&settings, chat))?,
+        Command::Bench(bench) => block_on(many_threads()?, bench::run(&settings, bench))?,
+        Command::Models(models) => block_on(many_threads()?, models::run(&settings, models))?,
         Command::Engine(_) => {}
     }
     Ok(ExitCode::SUCCESS)

@@ -75,7 +75,7 @@ impl Value {
 }
 
 /// The types as GGUF numbers them.
-mod kind {
+pub(super) mod kind {
     pub const U8: u32 = 0;
     pub const I8: u32 = 1;
     pub const U16: u32 = 2;

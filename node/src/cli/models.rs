@@ -1,0 +1,69 @@
+//! Options of `ingle models`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use ingle_actors::models::quantize::Target;
+
+/// Options of `ingle models`.
+#[derive(Debug, Args)]
+pub struct Models {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: ModelsCommand,
+}
+
+/// What to do with model files.
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// Write a model in another format: INT8 and below, or back to floating point
+    ///
+    /// Takes a GGUF file, a model folder as Hugging Face has them (config.json, tokenizer.json, *.safetensors), one
+    /// .safetensors file of such a folder, or the name of a model. Writes a GGUF file, whole or not at all.
+    Quantize(QuantizeModel),
+    /// Measure models on a text: size, speed and perplexity, side by side
+    ///
+    /// Perplexity says how surprised a model is by a text; lower is better. The text is cut into windows of
+    /// --context tokens, and each token but the first of a window is predicted from those before it in the window.
+    Eval(EvaluateModels),
+}
+
+/// Options of `ingle models quantize`.
+#[derive(Debug, Args)]
+pub struct QuantizeModel {
+    /// A model's name, a GGUF file, a model folder or a .safetensors file
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    /// The format: int8 (the same as q8_0), q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, f16, bf16 or f32
+    #[arg(long, value_name = "FORMAT")]
+    pub to: Target,
+    /// The file to write [default: the model's name with the format, beside the input; here for a model's name]
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Also round what is quantized already; the errors of both add up
+    #[arg(long)]
+    pub requantize: bool,
+    /// Replace the output file where there is one
+    #[arg(long)]
+    pub force: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle models eval`.
+#[derive(Debug, Args)]
+pub struct EvaluateModels {
+    /// The text to predict: a UTF-8 file
+    #[arg(long, value_name = "TEXT_FILE")]
+    pub perplexity: PathBuf,
+    /// Models: names or GGUF files; the others are compared to the first
+    #[arg(value_name = "MODEL", required = true)]
+    pub models: Vec<String>,
+    /// Tokens of a window
+    #[arg(long, value_name = "TOKENS", default_value_t = 256)]
+    pub context: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
