@@ -1,13 +1,12 @@
 //! The model's own chat template (Jinja), rendered as Hugging Face transformers renders it.
 
-use ingle_protocol::wire::v1::Message;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter};
 
-use super::PromptError;
+use super::{Conversation, PromptError};
 
 /// Instructions of one rendering: a template that loops for ever ends in an error.
 const FUEL: u64 = 5_000_000;
@@ -37,14 +36,12 @@ impl ChatTemplate {
     }
 
     /// The conversation as text, ready for the assistant's turn.
-    pub fn render(&self, messages: &[Message]) -> Result<String, PromptError> {
-        let messages: Vec<Value> =
-            messages.iter().map(|m| context! { role => m.role.as_str(), content => &m.content }).collect();
+    pub fn render(&self, conversation: &Conversation) -> Result<String, PromptError> {
+        let Conversation { messages, tools } = conversation;
         let template = self.environment.get_template("chat").map_err(|error| PromptError(describe(&error)))?;
+        let (bos_token, eos_token) = (&self.bos, &self.eos);
         template
-            .render(
-                context! { messages, add_generation_prompt => true, bos_token => &self.bos, eos_token => &self.eos },
-            )
+            .render(context! { messages, tools, add_generation_prompt => true, bos_token, eos_token })
             .map_err(|error| PromptError(format!("the model's chat template refuses this: {}", describe(&error))))
     }
 }
@@ -106,11 +103,12 @@ impl Formatter for PythonFormatter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ingle_protocol::wire::v1::Role;
+    use ingle_protocol::wire::v1::{Message, Role};
 
     fn render(source: &str, content: &str) -> Result<String, PromptError> {
         let template = ChatTemplate::new(source, "<s>", "</s>").map_err(PromptError)?;
-        template.render(&[Message { role: Role::User, content: content.into(), extra: vec![] }])
+        let message = Message { role: Role::User, content: content.into(), extra: vec![] };
+        template.render(&Conversation::new(&[message], b"")?)
     }
 
     #[test]
@@ -145,3 +143,6 @@ mod tests {
         assert!(date.starts_with("20"));
     }
 }
+
+#[cfg(test)]
+mod reference_tests;
