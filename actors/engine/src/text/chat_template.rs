@@ -3,6 +3,7 @@
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
+use regex::{Captures, Regex};
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter};
 
@@ -31,7 +32,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
-        environment.add_template_owned("chat", source.to_string()).map_err(|error| describe(&error))?;
+        environment.add_template_owned("chat", without_training_marks(source)?).map_err(|error| describe(&error))?;
         Ok(Self { environment, bos: bos.into(), eos: eos.into() })
     }
 
@@ -44,6 +45,16 @@ impl ChatTemplate {
             .render(context! { messages, tools, add_generation_prompt => true, bos_token, eos_token })
             .map_err(|error| PromptError(format!("the model's chat template refuses this: {}", describe(&error))))
     }
+}
+
+/// transformers' own blocks `{% generation %}…{% endgeneration %}` say in training what the assistant wrote.
+fn without_training_marks(source: &str) -> Result<String, String> {
+    let mark = Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").map_err(|error| error.to_string())?;
+    let block = |found: &Captures<'_>| {
+        let word = if found.get(2).is_some() { "endif" } else { "if true" };
+        format!("{}{word}{}", &found[1], &found[3])
+    };
+    Ok(mark.replace_all(source, block).into_owned())
 }
 
 fn describe(error: &Error) -> String {
@@ -115,6 +126,12 @@ mod tests {
     fn blocks_are_trimmed_as_transformers_does() {
         let source = "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n[{{ m['content'] | trim }}]\n  {% endif %}\n{% endfor %}\n";
         assert_eq!(render(source, "  hi ").unwrap(), "<s>[hi]\n");
+    }
+
+    #[test]
+    fn marks_for_training_are_passed_over() {
+        let source = "a\n{%- generation %}\n{{ messages[0].content }}  {%- endgeneration -%}\n b";
+        assert_eq!(render(source, "x").unwrap(), "ax b".replace(' ', ""));
     }
 
     #[test]

@@ -61,9 +61,9 @@ fn value_of(message: &Message, index: usize) -> Result<Value, PromptError> {
     for (name, value) in pairs_of(&extra) {
         match name.as_str() {
             Some("role" | "content") => {}
-            Some("tool_calls") => pairs.push((name, with_parsed_arguments(&value))),
             // Templates ask whether a member is there, not whether it is null.
             _ if value.is_none() => {}
+            Some("tool_calls") => pairs.push((name, with_parsed_arguments(&value))),
             _ => pairs.push((name, value)),
         }
     }

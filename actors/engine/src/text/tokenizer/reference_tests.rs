@@ -150,19 +150,19 @@ fn a_passage_stands_between_what_the_model_wants_around_it() {
     let mut of = |name: &str| tokenizer(member(&mut archive, &format!("ggml-vocab-{name}.gguf")));
     let bert = of("bert-bge");
     assert_eq!(bert.passage("Hello, wörld!").unwrap(), [101, 7592, 1010, 2088, 999, 102]);
-    assert_eq!(bert.decode(&bert.passage("Embeddings [SEP]").unwrap()), "em##bed".replace("##", "") + "dings [ sep ]");
+    assert_eq!(bert.decode(&bert.passage("Embeddings [SEP]").unwrap()), "embeddings [ sep ]");
     assert_eq!(of("llama-spm").passage("Hello").unwrap(), [1, 15043]);
     assert_eq!(of("qwen2").passage("Hello").unwrap(), [9707]);
 }
 
-/// A text of one megabyte, of whatever kind, takes no longer than a long time ago.
+/// Far below a second each where nothing else runs; quadratic time would be minutes.
 #[test]
 fn hostile_texts_take_linear_time() {
     let mut archive = archive();
     for name in ["llama-spm", "bert-bge", "qwen2"] {
         let tokenizer = tokenizer(member(&mut archive, &format!("ggml-vocab-{name}.gguf")));
         for pattern in ["a", " ", "\n", "<", "<|im_", " \n", "é", "aA", "1", "\u{301}", "字", "'", "\u{fdd0}x"] {
-            let text = pattern.repeat((1 << 20) / pattern.len());
+            let text = pattern.repeat((1 << 18) / pattern.len());
             let begun = std::time::Instant::now();
             tokenizer.encode(&text, Special::Parse).unwrap();
             let took = begun.elapsed();

@@ -81,7 +81,11 @@ mod tests {
 
     fn split<'t>(finder: &Finder, text: &'t str) -> Vec<Part<'t>> {
         let mut parts = Vec::new();
-        finder.split(text, |part| Ok::<_, ()>(parts.push(part))).unwrap();
+        let take = |part| {
+            parts.push(part);
+            Ok::<_, ()>(())
+        };
+        finder.split(text, take).unwrap();
         parts
     }
 

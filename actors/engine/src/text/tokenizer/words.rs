@@ -7,8 +7,21 @@
 use regex::Regex;
 
 /// The variants, for an error that names them.
-pub(super) const SUPPORTED: [&str; 10] =
-    ["gpt-2", "smollm", "llama-bpe", "llama3", "llama-v3", "pixtral", "qwen2", "qwen35", "tekken", "gpt-4o"];
+pub(super) const SUPPORTED: [&str; 13] = [
+    "gpt-2",
+    "smollm",
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "pixtral",
+    "dbrx",
+    "qwen2",
+    "deepseek-r1-qwen",
+    "qwen35",
+    "tekken",
+    "gpt-4o",
+    "llama4",
+];
 
 /// A variant.
 #[derive(Debug)]
