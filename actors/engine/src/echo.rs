@@ -50,7 +50,7 @@ impl Default for EchoCodec {
 }
 
 impl Codec for EchoCodec {
-    fn prompt(&self, messages: &[Message]) -> Result<Vec<u32>, PromptError> {
+    fn prompt(&self, messages: &[Message], _extra: &[u8]) -> Result<Vec<u32>, PromptError> {
         let mut tokens = Vec::new();
         for message in messages {
             tokens.push(match message.role {
@@ -224,7 +224,7 @@ mod tests {
     fn says(content: &str) -> String {
         let codec = EchoCodec::default();
         let message = Message { role: Role::User, content: content.into(), extra: vec![] };
-        let mut tokens = codec.prompt(&[message]).unwrap();
+        let mut tokens = codec.prompt(&[message], b"").unwrap();
         let prompt = tokens.len();
         loop {
             let (next, _) = next_token(&tokens);

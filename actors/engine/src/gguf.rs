@@ -305,6 +305,11 @@ impl Gguf {
     pub fn integers(&self, key: &str) -> Result<Option<&[i64]>, GgufError> {
         self.typed(key, "a list of whole numbers", Value::as_integers)
     }
+
+    /// A list of floating-point numbers, if there is one under this key; another type is an error.
+    pub fn floats(&self, key: &str) -> Result<Option<&[f32]>, GgufError> {
+        self.typed(key, "a list of floating-point numbers", Value::as_floats)
+    }
 }
 
 fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, GgufError> {

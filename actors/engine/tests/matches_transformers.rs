@@ -77,8 +77,8 @@ fn templates_and_tokens_are_equal() {
     let tokenizer = Tokenizer::open(&model).unwrap();
     assert_eq!(reference.prompts.len(), 20);
     for prompt in &reference.prompts {
-        assert_eq!(tokenizer.render(&prompt.messages()).unwrap(), prompt.rendered, "{}", prompt.name);
-        assert_eq!(tokenizer.prompt(&prompt.messages()).unwrap(), prompt.prompt_ids, "{}", prompt.name);
+        assert_eq!(tokenizer.render(&prompt.messages(), b"").unwrap(), prompt.rendered, "{}", prompt.name);
+        assert_eq!(tokenizer.prompt(&prompt.messages(), b"").unwrap(), prompt.prompt_ids, "{}", prompt.name);
     }
     for case in &reference.tokenizer_cases {
         let note = &case.note;

@@ -12,6 +12,7 @@ pub enum Meta {
     Text(String),
     Texts(Vec<String>),
     I32s(Vec<i32>),
+    F32s(Vec<f32>),
 }
 
 /// A tensor to be written: name, dimensions, ggml's format number, bytes.
@@ -92,6 +93,12 @@ impl Tiny {
                 Meta::I32s(numbers) => {
                     out.extend(9u32.to_le_bytes());
                     out.extend(5u32.to_le_bytes());
+                    out.extend((numbers.len() as u64).to_le_bytes());
+                    numbers.iter().for_each(|number| out.extend(number.to_le_bytes()));
+                }
+                Meta::F32s(numbers) => {
+                    out.extend(9u32.to_le_bytes());
+                    out.extend(6u32.to_le_bytes());
                     out.extend((numbers.len() as u64).to_le_bytes());
                     numbers.iter().for_each(|number| out.extend(number.to_le_bytes()));
                 }

@@ -72,6 +72,10 @@ impl Value {
     pub(super) fn as_integers(&self) -> Option<&[i64]> {
         if let Self::Array(Array::Integers(numbers)) = self { Some(numbers) } else { None }
     }
+
+    pub(super) fn as_floats(&self) -> Option<&[f32]> {
+        if let Self::Array(Array::Floats(numbers)) = self { Some(numbers) } else { None }
+    }
 }
 
 /// The types as GGUF numbers them.

@@ -194,7 +194,8 @@ impl Intake {
         if least >= self.context_length as usize {
             return Err(exceeded(format!("more than {least}")));
         }
-        let prompt = self.codec.prompt(&request.messages).map_err(|error| invalid("messages", &error.0))?;
+        let prompt =
+            self.codec.prompt(&request.messages, &request.extra).map_err(|error| invalid("messages", &error.0))?;
         if prompt.len() >= self.context_length as usize {
             return Err(exceeded(prompt.len().to_string()));
         }

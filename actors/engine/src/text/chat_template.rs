@@ -1,13 +1,13 @@
 //! The model's own chat template (Jinja), rendered as Hugging Face transformers renders it.
 
-use ingle_protocol::wire::v1::Message;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
+use regex::{Captures, Regex};
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter};
 
-use super::PromptError;
+use super::{Conversation, PromptError};
 
 /// Instructions of one rendering: a template that loops for ever ends in an error.
 const FUEL: u64 = 5_000_000;
@@ -32,21 +32,29 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
-        environment.add_template_owned("chat", source.to_string()).map_err(|error| describe(&error))?;
+        environment.add_template_owned("chat", without_training_marks(source)?).map_err(|error| describe(&error))?;
         Ok(Self { environment, bos: bos.into(), eos: eos.into() })
     }
 
     /// The conversation as text, ready for the assistant's turn.
-    pub fn render(&self, messages: &[Message]) -> Result<String, PromptError> {
-        let messages: Vec<Value> =
-            messages.iter().map(|m| context! { role => m.role.as_str(), content => &m.content }).collect();
+    pub fn render(&self, conversation: &Conversation) -> Result<String, PromptError> {
+        let Conversation { messages, tools } = conversation;
         let template = self.environment.get_template("chat").map_err(|error| PromptError(describe(&error)))?;
+        let (bos_token, eos_token) = (&self.bos, &self.eos);
         template
-            .render(
-                context! { messages, add_generation_prompt => true, bos_token => &self.bos, eos_token => &self.eos },
-            )
+            .render(context! { messages, tools, add_generation_prompt => true, bos_token, eos_token })
             .map_err(|error| PromptError(format!("the model's chat template refuses this: {}", describe(&error))))
     }
+}
+
+/// transformers' own blocks `{% generation %}…{% endgeneration %}` say in training what the assistant wrote.
+fn without_training_marks(source: &str) -> Result<String, String> {
+    let mark = Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").map_err(|error| error.to_string())?;
+    let block = |found: &Captures<'_>| {
+        let word = if found.get(2).is_some() { "endif" } else { "if true" };
+        format!("{}{word}{}", &found[1], &found[3])
+    };
+    Ok(mark.replace_all(source, block).into_owned())
 }
 
 fn describe(error: &Error) -> String {
@@ -106,17 +114,24 @@ impl Formatter for PythonFormatter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ingle_protocol::wire::v1::Role;
+    use ingle_protocol::wire::v1::{Message, Role};
 
     fn render(source: &str, content: &str) -> Result<String, PromptError> {
         let template = ChatTemplate::new(source, "<s>", "</s>").map_err(PromptError)?;
-        template.render(&[Message { role: Role::User, content: content.into(), extra: vec![] }])
+        let message = Message { role: Role::User, content: content.into(), extra: vec![] };
+        template.render(&Conversation::new(&[message], b"")?)
     }
 
     #[test]
     fn blocks_are_trimmed_as_transformers_does() {
         let source = "{{ bos_token }}{% for m in messages %}\n  {% if m.role == 'user' %}\n[{{ m['content'] | trim }}]\n  {% endif %}\n{% endfor %}\n";
         assert_eq!(render(source, "  hi ").unwrap(), "<s>[hi]\n");
+    }
+
+    #[test]
+    fn marks_for_training_are_passed_over() {
+        let source = "a\n{%- generation %}\n{{ messages[0].content }}  {%- endgeneration -%}\n b";
+        assert_eq!(render(source, "x").unwrap(), "ax b".replace(' ', ""));
     }
 
     #[test]
@@ -145,3 +160,6 @@ mod tests {
         assert!(date.starts_with("20"));
     }
 }
+
+#[cfg(test)]
+mod reference_tests;

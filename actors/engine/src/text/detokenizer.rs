@@ -20,6 +20,8 @@ pub struct Detokenizer {
     partial: Vec<u8>,
     /// Characters that may be the beginning of a stop text.
     held: Vec<u8>,
+    /// There was a token.
+    begun: bool,
 }
 
 const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
@@ -33,7 +35,10 @@ impl Detokenizer {
 
     /// Takes the next token.
     pub fn push(&mut self, codec: &dyn Codec, id: u32) -> Piece {
-        self.partial.extend_from_slice(codec.bytes(id));
+        let bytes = codec.bytes(id);
+        let is_first = !std::mem::replace(&mut self.begun, true);
+        let bytes = if is_first && codec.leading_space() { bytes.strip_prefix(b" ").unwrap_or(bytes) } else { bytes };
+        self.partial.extend_from_slice(bytes);
         self.take_characters();
         self.release()
     }
@@ -106,20 +111,23 @@ mod tests {
     use proptest::prelude::*;
 
     /// Every byte is a token.
-    struct ByBytes(Vec<[u8; 1]>);
+    struct ByBytes(Vec<[u8; 1]>, bool);
 
     impl ByBytes {
         fn new() -> Self {
-            Self((0..=255).map(|byte| [byte]).collect())
+            Self((0..=255).map(|byte| [byte]).collect(), false)
         }
     }
 
     impl Codec for ByBytes {
-        fn prompt(&self, _: &[Message]) -> Result<Vec<u32>, PromptError> {
+        fn prompt(&self, _: &[Message], _: &[u8]) -> Result<Vec<u32>, PromptError> {
             Ok(vec![])
         }
         fn bytes(&self, id: u32) -> &[u8] {
             &self.0[id as usize]
+        }
+        fn leading_space(&self) -> bool {
+            self.1
         }
         fn is_end(&self, _: u32) -> bool {
             false
@@ -155,6 +163,17 @@ mod tests {
         assert_eq!(pieces, ["a", "", "é", "", "", "", "😀", ""]);
         let (pieces, _) = run(b"a\xff\xe2\x82", &[]);
         assert_eq!(pieces.concat(), "a\u{fffd}\u{fffd}");
+    }
+
+    #[test]
+    fn the_tokenizers_own_space_is_not_in_the_answer() {
+        let codec = ByBytes(ByBytes::new().0, true);
+        let said = |bytes: &[u8]| {
+            let mut detokenizer = Detokenizer::new(&[]);
+            bytes.iter().flat_map(|byte| detokenizer.push(&codec, u32::from(*byte)).text).collect::<Vec<u8>>()
+        };
+        assert_eq!(said(b"  a b"), b" a b");
+        assert_eq!(said(b"a b"), b"a b");
     }
 
     #[test]

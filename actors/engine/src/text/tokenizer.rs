@@ -1,18 +1,28 @@
-//! Byte-pair tokenizers (GPT-2 style) from the metadata of a GGUF file.
+//! Tokenizers from the metadata of a GGUF file, with the same results as llama.cpp or, where that differs from what
+//! the model was trained with, as that.
+
+use std::borrow::Cow;
 
 use ingle_protocol::wire::v1::Message;
-use tokenizers::models::bpe::{BPE, Merges, Vocab};
-use tokenizers::normalizers::NFC;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::tokenizer::normalizer::SplitDelimiterBehavior;
-use tokenizers::{AddedToken, PreTokenizerWrapper};
 
-use super::{ChatTemplate, Codec, PromptError};
+use super::{ChatTemplate, Codec, Conversation, PromptError};
 use crate::EngineError;
 use crate::gguf::Gguf;
+
+mod byte_level;
+mod pieces;
+mod sentence_piece;
+mod specials;
+mod vocabulary;
+mod word_piece;
+mod words;
+
+use byte_level::ByteLevel;
+use pieces::Pieces;
+use sentence_piece::SentencePiece;
+use specials::{Finder, Part};
+use vocabulary::{Kind, Vocabulary};
+use word_piece::WordPiece;
 
 /// Whether special tokens that stand in a text are recognised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,10 +36,17 @@ pub enum Special {
 /// A tokenizer with the chat template that belongs to it.
 #[derive(Debug)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
-    template: ChatTemplate,
-    /// Control tokens, the longest first.
-    specials: Vec<(String, u32)>,
+    pieces: Box<dyn Pieces>,
+    /// `None` in base and embedding models.
+    template: Option<ChatTemplate>,
+    /// Tokens that are found in the template's text only.
+    controls: Finder,
+    /// Tokens that are found in all texts before these are cut.
+    user_defined: Finder,
+    /// The id and the text of the token in front of every sequence, where the model wants one.
+    begin: Option<(u32, String)>,
+    /// The token behind every sequence that is complete.
+    close: Option<u32>,
     /// The bytes of all tokens, one after the other, and where each begins.
     bytes: Vec<u8>,
     starts: Vec<usize>,
@@ -37,20 +54,18 @@ pub struct Tokenizer {
     longest: usize,
 }
 
-/// Token types as ggml numbers them.
-mod kind {
-    pub const UNKNOWN: i64 = 2;
-    pub const CONTROL: i64 = 3;
-    pub const USER_DEFINED: i64 = 4;
-    pub const UNUSED: i64 = 5;
-}
-
-/// Control tokens that end an answer by their name, beside the ones that the file declares.
-const END_NAMES: [&str; 8] =
-    ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "</s>"];
-
 /// Characters that no text should contain, one of which marks special tokens that a user wrote.
 const MARKS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
+
+/// Phi-3's special tokens swallow the white space behind them, except these.
+const SWALLOW_NOTHING: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
+/// A type of tokenizer, read.
+struct Read {
+    pieces: Box<dyn Pieces>,
+    begin: Option<u32>,
+    close: Option<u32>,
+}
 
 impl Tokenizer {
     /// From a model file.
@@ -62,172 +77,190 @@ impl Tokenizer {
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, EngineError> {
         let path = gguf.path();
         let damaged = |why| EngineError::Gguf { path: path.into(), why };
-        let broken = |why: String| EngineError::Tokenizer { path: path.into(), why };
-        let need = |key: &str| broken(format!("{key} is missing"));
-
         let model = gguf.text("tokenizer.ggml.model").map_err(damaged)?.unwrap_or("none");
-        if model != "gpt2" {
-            let what = format!("a tokenizer of type {model:?}");
+        if !["gpt2", "llama", "bert"].contains(&model) {
             return Err(EngineError::Unsupported {
                 path: path.into(),
-                what,
-                hint: "only \"gpt2\" (byte-level BPE) is".into(),
+                what: format!("a tokenizer of type {model:?}"),
+                hint: "\"gpt2\" (byte-level BPE), \"llama\" (SentencePiece BPE) and \"bert\" (WordPiece) are".into(),
             });
         }
-        let tokens = gguf.texts("tokenizer.ggml.tokens").map_err(damaged)?;
-        let tokens = tokens.filter(|tokens| !tokens.is_empty()).ok_or_else(|| need("tokenizer.ggml.tokens"))?;
-        let merges =
-            gguf.texts("tokenizer.ggml.merges").map_err(damaged)?.ok_or_else(|| need("tokenizer.ggml.merges"))?;
-        let kinds = gguf.integers("tokenizer.ggml.token_type").map_err(damaged)?.unwrap_or(&[]);
-        if !kinds.is_empty() && kinds.len() != tokens.len() {
-            return Err(broken(format!("{} tokens, but {} token types", tokens.len(), kinds.len())));
-        }
-        let kind_of = |id: usize| kinds.get(id).copied().unwrap_or(1);
-        let name = |key: &str| -> Result<Option<u32>, EngineError> {
-            match gguf.number(key).map_err(damaged)? {
-                Some(id) if id as usize >= tokens.len() => {
-                    Err(broken(format!("{key} is {id}, of {} tokens", tokens.len())))
-                }
-                id => Ok(id),
-            }
+        let vocabulary = Vocabulary::read(gguf, model)?;
+        let Read { pieces, begin, close } = match model {
+            "llama" => sentence_piece(&vocabulary)?,
+            "bert" => word_piece(&vocabulary)?,
+            _ => byte_level(&vocabulary)?,
         };
 
-        let pre = gguf.text("tokenizer.ggml.pre").map_err(damaged)?.unwrap_or("none");
-        let inner = build(pre, tokens, merges, &kind_of).map_err(|why| match why {
-            BuildError::UnknownPre => EngineError::Unsupported {
-                path: path.into(),
-                what: format!("the tokenizer variant {pre:?} (tokenizer.ggml.pre)"),
-                hint: "smollm, gpt-2, llama-bpe and qwen2 are".into(),
-            },
-            BuildError::Broken(why) => broken(why),
-        })?;
+        let [bos, eos] = [vocabulary.id("bos")?, vocabulary.id("eos")?];
+        let template = vocabulary
+            .text("tokenizer.chat_template")?
+            .map(|source| ChatTemplate::new(source, vocabulary.text_of(bos), vocabulary.text_of(eos)))
+            .transpose()
+            .map_err(|why| vocabulary.bad_template(why))?;
 
-        let bos = name("tokenizer.ggml.bos_token_id")?;
-        let eos = name("tokenizer.ggml.eos_token_id")?;
-        let text_of = |id: Option<u32>| id.map_or("", |id| tokens[id as usize].as_str());
-        let source = gguf.text("tokenizer.chat_template").map_err(damaged)?;
-        let source = source.ok_or_else(|| EngineError::ChatTemplate {
-            path: path.into(),
-            why: "tokenizer.chat_template is missing: this is not a chat model".into(),
-        })?;
-        let template = ChatTemplate::new(source, text_of(bos), text_of(eos))
-            .map_err(|why| EngineError::ChatTemplate { path: path.into(), why })?;
+        let name = vocabulary.text("general.name")?.unwrap_or("").to_lowercase();
+        let architecture = vocabulary.text("general.architecture")?.unwrap_or("");
+        let is_phi3 = architecture == "phi3" || name.contains("phi-3") || name.contains("phi3");
+        let swallows = |token: &str| is_phi3 && model == "llama" && !SWALLOW_NOTHING.contains(&token);
+        let finder = |kinds: &[Kind]| {
+            let built = Finder::new(&vocabulary.of(kinds), swallows);
+            built.map_err(|why| vocabulary.broken(format!("its special tokens cannot be looked for: {why}")))
+        };
 
-        let with_ids = || tokens.iter().zip(0u32..);
-        let mut specials: Vec<(String, u32)> = with_ids()
-            .filter(|(token, id)| matches!(kind_of(*id as usize), kind::CONTROL | kind::UNKNOWN) && !token.is_empty())
-            .map(|(token, id)| (token.clone(), id))
-            .collect();
-        specials.sort_by_key(|(token, _)| std::cmp::Reverse(token.len()));
-        let mut ends: Vec<u32> = [Some("eot"), Some("eom"), Some("eos")]
-            .into_iter()
-            .flatten()
-            .map(|which| name(&format!("tokenizer.ggml.{which}_token_id")))
-            .collect::<Result<Vec<_>, _>>()?
-            .into_iter()
-            .flatten()
-            .collect();
-        ends.extend(specials.iter().filter(|(token, _)| END_NAMES.contains(&token.as_str())).map(|(_, id)| *id));
-        ends.sort_unstable();
-        ends.dedup();
-
-        let alphabet = byte_alphabet();
         let (mut bytes, mut starts) = (Vec::new(), vec![0]);
-        for (token, id) in with_ids() {
-            match kind_of(id as usize) {
-                kind::CONTROL | kind::UNKNOWN | kind::UNUSED => {}
-                kind::USER_DEFINED => bytes.extend_from_slice(token.as_bytes()),
-                _ => bytes_of(token, &alphabet, &mut bytes),
-            }
+        for (_, token, kind) in vocabulary.iter() {
+            pieces.bytes_of(token, kind, &mut bytes);
             starts.push(bytes.len());
         }
         let longest = starts.windows(2).map(|place| place[1] - place[0]).max().unwrap_or(1);
-        Ok(Self { inner, template, specials, bytes, starts, ends, longest })
+        Ok(Self {
+            template,
+            controls: finder(&[Kind::Control, Kind::Unknown])?,
+            user_defined: finder(&[Kind::UserDefined])?,
+            begin: begin.map(|id| (id, vocabulary.text_of(Some(id)).to_string())),
+            close,
+            ends: vocabulary.ends()?,
+            pieces,
+            bytes,
+            starts,
+            longest,
+        })
     }
 
     /// The token ids of a text; nothing is added in front or behind.
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, PromptError> {
         let mut ids = Vec::new();
         match special {
-            Special::AsText => self.encode_plain(text, &mut ids)?,
-            Special::Parse => self.encode_around_specials(text, None, &mut ids)?,
+            Special::AsText => self.encode_plain(text, true, &mut ids)?,
+            Special::Parse => self.encode_around_controls(text, None, &mut ids)?,
         }
         Ok(ids)
     }
 
-    /// The conversation as text, as the model's template has it.
-    pub fn render(&self, messages: &[Message]) -> Result<String, PromptError> {
-        self.template.render(messages)
+    /// The conversation as text, as the model's template has it. `extra` are the request's further members.
+    pub fn render(&self, messages: &[Message], extra: &[u8]) -> Result<String, PromptError> {
+        self.template()?.render(&Conversation::new(messages, extra)?)
     }
 
     /// All the text of some tokens. Half characters become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         let bytes: Vec<u8> = ids.iter().flat_map(|id| self.bytes(*id)).copied().collect();
-        String::from_utf8_lossy(&bytes).into_owned()
+        let is_ours = self.leading_space() && bytes.first() == Some(&b' ');
+        String::from_utf8_lossy(&bytes[usize::from(is_ours)..]).into_owned()
     }
 
-    fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), PromptError> {
-        let encoding = self.inner.encode_fast(text, false);
-        let encoding = encoding.map_err(|why| PromptError(format!("the text cannot be tokenized: {why}")))?;
-        ids.extend_from_slice(encoding.get_ids());
-        Ok(())
+    fn template(&self) -> Result<&ChatTemplate, PromptError> {
+        self.template.as_ref().ok_or_else(|| {
+            PromptError("this is not a chat model: its file has no chat template (tokenizer.chat_template)".into())
+        })
     }
 
-    /// `mark` is taken out of the text between special tokens.
-    fn encode_around_specials(&self, text: &str, mark: Option<char>, ids: &mut Vec<u32>) -> Result<(), PromptError> {
-        let plain = |text: &str, ids: &mut Vec<u32>| match mark {
-            Some(mark) if text.contains(mark) => self.encode_plain(&text.replace(mark, ""), ids),
-            _ => self.encode_plain(text, ids),
-        };
-        let mut rest = text;
-        let mut found: Vec<_> = self.specials.iter().map(|(token, id)| (token.as_str(), *id, 0..0)).collect();
-        // Where each special token comes next; looked up again only once that place is behind us.
-        let next = |token: &str, from: usize| text[from..].find(token).map(|at| from + at..from + at + token.len());
-        found.retain_mut(|(token, _, place)| next(token, 0).map(|found| *place = found).is_some());
-        loop {
-            // The earliest; among those the longest, which stands first.
-            let first = found.iter().min_by_key(|(_, _, place)| place.start).map(|(_, id, place)| (*id, place.clone()));
-            let Some((id, place)) = first else { break plain(rest, ids) };
-            let from = text.len() - rest.len();
-            plain(&text[from..place.start], ids)?;
-            ids.push(id);
-            rest = &text[place.end..];
-            found.retain_mut(|(token, _, at)| {
-                at.start >= place.end || next(token, place.end).map(|found| *at = found).is_some()
-            });
-        }
+    /// Text in which control tokens are nothing special.
+    fn encode_plain(&self, text: &str, fresh: bool, ids: &mut Vec<u32>) -> Result<(), PromptError> {
+        let mut fresh = fresh;
+        self.user_defined.split(text, |part| {
+            match part {
+                Part::Token(id) => ids.push(id),
+                Part::Text(text) => self.pieces.encode(text, fresh, ids)?,
+            }
+            fresh = matches!(part, Part::Token(_));
+            Ok(())
+        })
     }
 
-    /// Breaks up special tokens that stand in what people wrote, so that nobody ends a turn or speaks for the
+    /// `mark` is taken out of the text between control tokens.
+    fn encode_around_controls(&self, text: &str, mark: Option<char>, ids: &mut Vec<u32>) -> Result<(), PromptError> {
+        self.controls.split(text, |part| {
+            match part {
+                Part::Token(id) => ids.push(id),
+                Part::Text(text) => {
+                    // What stands between control tokens always begins behind one, or the text.
+                    let text = mark.map_or(Cow::Borrowed(text), |mark| Cow::Owned(text.replace(mark, "")));
+                    self.encode_plain(&text, true, ids)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Breaks up control tokens that stand in what people wrote, so that nobody ends a turn or speaks for the
     /// system by writing `<|im_end|>`. Returns the character that was put into them.
-    fn mark_specials(&self, messages: &mut [Message]) -> Result<Option<char>, PromptError> {
-        let holds = |message: &Message| self.specials.iter().any(|(token, _)| message.content.contains(token));
-        if !messages.iter().any(holds) {
+    fn mark_controls(&self, conversation: &mut Conversation) -> Result<Option<char>, PromptError> {
+        if !conversation.any_text(&|text| self.controls.is_in(text)) {
             return Ok(None);
         }
-        let unused = |mark: &char| !messages.iter().any(|message| message.content.contains(*mark));
+        let unused = |mark: &char| !conversation.any_text(&|text| text.contains(*mark));
         let Some(mark) = MARKS.clone().find(unused) else {
             return Err(PromptError("the messages contain special tokens and every Unicode noncharacter".into()));
         };
-        for message in messages {
-            for (token, _) in &self.specials {
-                let mut characters = token.chars();
-                if let Some(first) = characters.next() {
-                    let broken = format!("{first}{mark}{}", characters.as_str());
-                    message.content = message.content.replace(token, &broken);
-                }
-            }
-        }
+        conversation.change_texts(&|text| self.controls.broken_up(text, mark));
         Ok(Some(mark))
     }
 }
 
+/// The token, if the file or else the type of tokenizer wants it there.
+fn wanted(
+    vocabulary: &Vocabulary<'_>,
+    flag: &str,
+    otherwise: bool,
+    id: Option<u32>,
+) -> Result<Option<u32>, EngineError> {
+    let on = vocabulary.flag(flag)?.unwrap_or(otherwise);
+    Ok(id.filter(|_| on))
+}
+
+fn sentence_piece(vocabulary: &Vocabulary<'_>) -> Result<Read, EngineError> {
+    Ok(Read {
+        pieces: Box::new(SentencePiece::new(vocabulary)?),
+        begin: wanted(vocabulary, "add_bos_token", true, vocabulary.id("bos")?)?,
+        close: wanted(vocabulary, "add_eos_token", false, vocabulary.id("eos")?)?,
+    })
+}
+
+fn byte_level(vocabulary: &Vocabulary<'_>) -> Result<Read, EngineError> {
+    let pieces = ByteLevel::new(vocabulary)?;
+    Ok(Read {
+        begin: wanted(vocabulary, "add_bos_token", pieces.begins(), vocabulary.id("bos")?)?,
+        close: wanted(vocabulary, "add_eos_token", false, vocabulary.id("eos")?)?,
+        pieces: Box::new(pieces),
+    })
+}
+
+/// `[CLS]` in front and `[SEP]` behind, always.
+fn word_piece(vocabulary: &Vocabulary<'_>) -> Result<Read, EngineError> {
+    let begin = match vocabulary.id("bos")? {
+        None => vocabulary.id("cls")?,
+        bos => bos,
+    };
+    let pieces = Box::new(WordPiece::new(vocabulary)?);
+    // The key is written like this in all files.
+    Ok(Read { pieces, begin, close: vocabulary.id("seperator")? })
+}
+
 impl Codec for Tokenizer {
-    fn prompt(&self, messages: &[Message]) -> Result<Vec<u32>, PromptError> {
-        let mut messages = messages.to_vec();
-        let mark = self.mark_specials(&mut messages)?;
+    fn prompt(&self, messages: &[Message], extra: &[u8]) -> Result<Vec<u32>, PromptError> {
+        let template = self.template()?;
+        let mut conversation = Conversation::new(messages, extra)?;
+        let mark = self.mark_controls(&mut conversation)?;
+        let rendered = template.render(&conversation)?;
+        let mut text = rendered.as_str();
         let mut ids = Vec::new();
-        self.encode_around_specials(&self.render(&messages)?, mark, &mut ids)?;
+        if let Some((id, begin)) = &self.begin {
+            // Some templates write it and some leave it to the tokenizer: one it is.
+            while let Some(rest) = text.strip_prefix(begin.as_str()).filter(|_| !begin.is_empty()) {
+                text = rest;
+            }
+            ids.push(*id);
+        }
+        self.encode_around_controls(text, mark, &mut ids)?;
+        Ok(ids)
+    }
+
+    fn passage(&self, text: &str) -> Result<Vec<u32>, PromptError> {
+        let mut ids: Vec<u32> = self.begin.iter().map(|(id, _)| *id).collect();
+        self.encode_plain(text, true, &mut ids)?;
+        ids.extend(self.close);
         Ok(ids)
     }
 
@@ -237,6 +270,10 @@ impl Codec for Tokenizer {
             (Some(from), Some(to)) => &self.bytes[*from..*to],
             _ => &[],
         }
+    }
+
+    fn leading_space(&self) -> bool {
+        self.pieces.leading_space()
     }
 
     fn is_end(&self, id: u32) -> bool {
@@ -252,91 +289,7 @@ impl Codec for Tokenizer {
     }
 }
 
-enum BuildError {
-    UnknownPre,
-    Broken(String),
-}
-
-/// How a text is cut before pairs are merged, as llama.cpp names the variants.
-struct Variant {
-    steps: Vec<PreTokenizerWrapper>,
-    compose: bool,
-    ignore_merges: bool,
-}
-
-fn variant(pre: &str) -> Result<Variant, BuildError> {
-    let broken = |why: tokenizers::Error| BuildError::Broken(why.to_string());
-    let split = |pattern: &str| {
-        Split::new(SplitPattern::Regex(pattern.into()), SplitDelimiterBehavior::Isolated, false).map_err(broken)
-    };
-    let gpt2 = || ByteLevel::new(false, true, true).into();
-    let bytes_only = || ByteLevel::new(false, true, false).into();
-    Ok(match pre {
-        "gpt-2" => Variant { steps: vec![gpt2()], compose: false, ignore_merges: false },
-        "smollm" => Variant { steps: vec![Digits::new(true).into(), gpt2()], compose: false, ignore_merges: false },
-        "llama-bpe" | "llama3" | "llama-v3" => {
-            let pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-            Variant { steps: vec![split(pattern)?.into(), bytes_only()], compose: false, ignore_merges: true }
-        }
-        "qwen2" => {
-            let pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-            Variant { steps: vec![split(pattern)?.into(), bytes_only()], compose: true, ignore_merges: false }
-        }
-        _ => return Err(BuildError::UnknownPre),
-    })
-}
-
-fn build(
-    pre: &str,
-    tokens: &[String],
-    merges: &[String],
-    kind_of: &dyn Fn(usize) -> i64,
-) -> Result<tokenizers::Tokenizer, BuildError> {
-    let broken = |why: tokenizers::Error| BuildError::Broken(why.to_string());
-    let variant = variant(pre)?;
-    let vocabulary: Vocab = tokens.iter().cloned().zip(0u32..).collect();
-    let merges = merges
-        .iter()
-        .map(|merge| {
-            // A space parts the two; the first may itself begin with one in old files, never end with one.
-            let pair = merge.split_once(' ').map(|(left, right)| (left.to_string(), right.to_string()));
-            pair.ok_or_else(|| BuildError::Broken(format!("the merge {merge:?} is not a pair")))
-        })
-        .collect::<Result<Merges, _>>()?;
-    let model = BPE::builder().vocab_and_merges(vocabulary, merges).ignore_merges(variant.ignore_merges);
-    let mut tokenizer = tokenizers::Tokenizer::new(model.build().map_err(broken)?);
-    if variant.compose {
-        tokenizer.with_normalizer(Some(NFC));
-    }
-    tokenizer.with_pre_tokenizer(Some(Sequence::new(variant.steps)));
-    // Control tokens are not added: we find them ourselves, in the template's text only.
-    let added: Vec<AddedToken> = tokens
-        .iter()
-        .enumerate()
-        .filter(|(id, token)| kind_of(*id) == kind::USER_DEFINED && !token.is_empty())
-        .map(|(_, token)| AddedToken::from(token.clone(), false).normalized(false))
-        .collect();
-    tokenizer.add_tokens(&added);
-    Ok(tokenizer)
-}
-
-/// GPT-2's printable stand-ins for bytes: character to byte.
-fn byte_alphabet() -> std::collections::HashMap<char, u8> {
-    let printable = |byte: &u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-    let shown = (0..=255u8).filter(printable).map(|byte| (char::from(byte), byte));
-    let hidden = (0..=255u8).filter(|byte| !printable(byte));
-    shown.chain(('\u{100}'..).zip(hidden)).collect()
-}
-
-/// The bytes that a token of the byte alphabet stands for; characters outside of it stand for themselves.
-fn bytes_of(token: &str, alphabet: &std::collections::HashMap<char, u8>, bytes: &mut Vec<u8>) {
-    for character in token.chars() {
-        match alphabet.get(&character) {
-            Some(byte) => bytes.push(*byte),
-            None => bytes.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes()),
-        }
-    }
-}
-
+#[cfg(test)]
+mod reference_tests;
 #[cfg(test)]
 mod tests;
