@@ -15,6 +15,8 @@ fn counting(lead: f32) -> Counting {
         context_length: 16,
         vocabulary: 8,
         chunk: 3,
+        blocks: 0,
+        block_tokens: 0,
         backend: "test".into(),
         numerics: "test".into(),
     };
