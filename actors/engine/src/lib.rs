@@ -30,6 +30,7 @@ mod step_engine;
 pub use engine::Engine;
 pub use error::EngineError;
 pub use inspect::{ModelSummary, inspect};
+pub use sampler::{BitMask, TokenMask};
 pub use snapshot::EngineSnapshot;
 pub use spec::{DEFAULT_QUEUE, DEFAULT_READER_DEADLINE, DEFAULT_SLOTS, DeviceChoice, EngineSpec, ModelSource};
 pub use step_engine::{Capabilities, Logits, StepEngine, StepEntry};
