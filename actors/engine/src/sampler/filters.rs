@@ -50,13 +50,7 @@ pub fn draw(
     }
     candidates.retain(|key| scan::number_of(*key) >= least);
     let mut place = below(random, sum(candidates));
-    let drawn = candidates.iter().find(|key| match place.checked_sub(scan::number_of(**key).into()) {
-        Some(rest) => {
-            place = rest;
-            false
-        }
-        None => true,
-    });
+    let drawn = candidates.iter().find(|key| scan::is_within(&mut place, scan::number_of(**key).into()));
     drawn.map(|key| scan::id_of(*key))
 }
 

@@ -1,7 +1,7 @@
 //! How likely tokens are, as the model has it.
 
-use super::numbers::{exp, ln};
-use super::scan::{self, BLOCK};
+use super::numbers::ln;
+use super::scan::{self, BLOCK, Heat};
 
 /// Stands for "impossible": JSON has no infinity.
 const IMPOSSIBLE: f32 = -9_999.0;
@@ -26,8 +26,9 @@ pub struct Distribution {
 impl Distribution {
     /// `greatest` is the greatest of the row.
     pub fn new(row: &[f32], greatest: f32) -> Self {
+        let heat = Heat::new(greatest, 1.0);
         // Blocks in f32, their sums in f64: exact to about a millionth, in an order that is fixed.
-        let sum: f64 = row.chunks(BLOCK).map(|block| f64::from(sum_of(block, greatest))).sum();
+        let sum: f64 = row.chunks(BLOCK).map(|block| f64::from(heat.share_of_all(block))).sum();
         Self { greatest, log_sum: ln(sum.max(1.0)) }
     }
 
@@ -53,15 +54,4 @@ impl Distribution {
         found.sort_unstable_by(|a, b| b.cmp(a));
         found.iter().map(|key| scan::id_of(*key)).map(|id| (id, self.of(row[id as usize]))).collect()
     }
-}
-
-fn sum_of(block: &[f32], greatest: f32) -> f32 {
-    let mut lanes = [0.0; 8];
-    let (chunks, rest) = block.as_chunks::<8>();
-    for chunk in chunks {
-        for (lane, logit) in lanes.iter_mut().zip(chunk) {
-            *lane += exp(logit - greatest);
-        }
-    }
-    lanes.iter().sum::<f32>() + rest.iter().map(|logit| exp(logit - greatest)).sum::<f32>()
 }

@@ -99,20 +99,38 @@ impl Heat {
         Self { greatest, inverse: 1.0 / temperature }
     }
 
+    /// A probability relative to the greatest, from 0 to 1. This the compiler turns into vector instructions;
+    /// [`Heat::weight`] it does not.
+    #[inline(always)]
+    fn share(self, logit: f32) -> f32 {
+        exp((logit - self.greatest) * self.inverse)
+    }
+
     /// From 0 to [`ONE`].
     #[inline(always)]
     pub fn weight(self, logit: f32) -> u32 {
-        // Signed, because that is one instruction where unsigned is several.
-        (exp((logit - self.greatest) * self.inverse) * ONE as f32) as i32 as u32
+        (self.share(logit) * ONE as f32) as u32
+    }
+
+    /// The shares of a block together. The order of the sum is fixed: eight columns, then across them.
+    pub fn share_of_all(self, block: &[f32]) -> f32 {
+        let mut lanes = [0.0; 8];
+        let (chunks, rest) = block.as_chunks::<8>();
+        for chunk in chunks {
+            for (lane, logit) in lanes.iter_mut().zip(chunk) {
+                *lane += self.share(*logit);
+            }
+        }
+        lanes.iter().sum::<f32>() + rest.iter().map(|logit| self.share(*logit)).sum::<f32>()
     }
 }
 
-/// The weights of each block together. Returns the weight of all.
+/// The weight of each block, to f32's precision. Returns the weight of all.
 pub fn sums(row: &[f32], maxima: &[f32], heat: Heat, sums: &mut Vec<u64>) -> u64 {
     sums.clear();
     sums.extend(row.chunks(BLOCK).zip(maxima).map(|(block, maximum)| match heat.weight(*maximum) {
         0 => 0,
-        _ => block.iter().map(|logit| u64::from(heat.weight(*logit))).sum(),
+        _ => (heat.share_of_all(block) * ONE as f32) as u64,
     }));
     sums.iter().sum()
 }
@@ -120,35 +138,46 @@ pub fn sums(row: &[f32], maxima: &[f32], heat: Heat, sums: &mut Vec<u64>) -> u64
 /// Collects the tokens that weigh more than `floor`, in the order of their ids.
 pub fn heavier(row: &[f32], maxima: &[f32], heat: Heat, floor: u32, found: &mut Vec<u64>) {
     found.clear();
+    let about = floor as f32 / ONE as f32;
     for ((block, maximum), start) in row.chunks(BLOCK).zip(maxima).zip((0u32..).step_by(BLOCK)) {
-        if heat.weight(*maximum) > floor {
-            let mut weights = [0; BLOCK];
-            for (weight, logit) in weights.iter_mut().zip(block) {
-                *weight = heat.weight(*logit);
+        if heat.weight(*maximum) <= floor {
+            continue;
+        }
+        let mut shares = [0.0; BLOCK];
+        for (share, logit) in shares.iter_mut().zip(block) {
+            *share = heat.share(*logit);
+        }
+        for (share, id) in shares.iter().zip(start..) {
+            // A first look without the conversion, which is slow; rounding `floor` excludes nothing that is above it.
+            if *share >= about {
+                let weight = (share * ONE as f32) as u32;
+                if weight > floor {
+                    found.push(key(weight, id));
+                }
             }
-            let heavy = weights.into_iter().zip(start..).filter(|(weight, _)| *weight > floor);
-            found.extend(heavy.map(|(weight, id)| key(weight, id)));
         }
     }
 }
 
 /// The token at `place` when all tokens stand in a row, each as long as its weight. `place` is below the sum of `sums`.
 pub fn at(row: &[f32], sums: &[u64], heat: Heat, mut place: u64) -> Option<u32> {
-    let block = sums.iter().position(|sum| match place.checked_sub(*sum) {
+    let block = sums.iter().position(|sum| is_within(&mut place, *sum))?;
+    let start = block * BLOCK;
+    let weights = || row[start..].iter().take(BLOCK).map(|logit| u64::from(heat.weight(*logit)));
+    // The block's weight is rounded, that of its tokens together is not: the same place within them.
+    let exact: u64 = weights().sum();
+    place = (u128::from(place) * u128::from(exact) / u128::from(sums[block])) as u64;
+    let within = weights().position(|weight| is_within(&mut place, weight))?;
+    Some((start + within) as u32)
+}
+
+/// Whether `place` is within the next `length`; where it is not, it is moved on by so much.
+pub fn is_within(place: &mut u64, length: u64) -> bool {
+    match place.checked_sub(length) {
         Some(rest) => {
-            place = rest;
+            *place = rest;
             false
         }
         None => true,
-    })?;
-    let start = block * BLOCK;
-    let within =
-        row[start..].iter().take(BLOCK).position(|logit| match place.checked_sub(heat.weight(*logit).into()) {
-            Some(rest) => {
-                place = rest;
-                false
-            }
-            None => true,
-        })?;
-    Some((start + within) as u32)
+    }
 }

@@ -137,10 +137,10 @@ fn penalties_and_biases_change_the_choice() {
     };
     assert_eq!(greedy(&|s| s.logit_bias = vec![LogitBias { token: 2, bias: 1.5 }], &[], 0), 2);
     assert_eq!(greedy(&|s| s.logit_bias = vec![LogitBias { token: 0, bias: -100.0 }], &[], 0), 1);
-    assert_eq!(greedy(&|s| s.repetition_penalty = 1.5, &[0, 1], 2), 0 + 2 * 1);
+    assert_eq!(greedy(&|s| s.repetition_penalty = 1.6, &[0, 1], 2), 2);
     assert_eq!(greedy(&|s| s.presence_penalty = 1.0, &[0], 1), 0, "the prompt does not count");
     assert_eq!(greedy(&|s| s.presence_penalty = 1.0, &[0, 0], 1), 1);
-    assert_eq!(greedy(&|s| s.frequency_penalty = 0.4, &[0, 0, 0, 1, 1], 0), 0 + 2 * 1);
+    assert_eq!(greedy(&|s| s.frequency_penalty = 0.4, &[0, 0, 0, 1, 1], 0), 2);
 }
 
 #[test]
