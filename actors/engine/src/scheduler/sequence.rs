@@ -106,10 +106,7 @@ impl Sequence {
 
     /// Chooses the next token from its logits and sends it. `Some` where the answer is at its end.
     pub fn advance(&mut self, logits: &[f32], sampler: &mut Sampler, codec: &dyn Codec, now: Instant) -> Option<End> {
-        let mask = match &mut self.mask {
-            Some(mask) => Some(&mut **mask as &mut dyn TokenMask),
-            None => None,
-        };
+        let mask = self.mask.as_mut().map(|mask| &mut **mask as &mut dyn TokenMask);
         let (sampling, tokens, prompt) = (&self.sampling, &self.tokens[..], self.prompt as usize);
         match sampler.choose(Choice { logits, sampling, tokens, prompt, mask }) {
             Ok(chosen) => self.take(chosen, codec, now),
