@@ -50,11 +50,21 @@ async fn bad_requests_are_told_what_is_wrong() {
         ("stop", json!(7), ""),
         ("stream", json!("yes"), ""),
         ("stream_options", json!({"include_usage": true}), ""),
-        ("logprobs", json!(true), "unsupported_parameter"),
+        ("top_k", json!(-2), ""),
+        ("min_p", json!(2), ""),
+        ("repetition_penalty", json!(0), ""),
+        ("presence_penalty", json!(-3), ""),
+        ("frequency_penalty", json!("much"), ""),
+        ("logit_bias", json!({"hello": 1}), ""),
+        // Only the engine knows how many tokens there are.
+        ("logit_bias", json!({"261": 1}), ""),
+        ("stop_token_ids", json!([261]), ""),
+        ("logprobs", json!(5), ""),
+        ("top_logprobs", json!(5), ""),
         ("tools", json!([{"type": "function", "function": {"name": "f"}}]), "unsupported_parameter"),
         ("n", json!(2), "unsupported_parameter"),
         ("response_format", json!({"type": "json_object"}), "unsupported_parameter"),
-        ("frequency_penalty", json!(1), "unsupported_parameter"),
+        ("grammar", json!("root ::= x"), "unsupported_parameter"),
         ("a_field_that_nobody_knows", json!(1), "unsupported_parameter"),
     ];
     let field_bodies: Vec<String> = fields.iter().map(|(name, value, _)| with(name, value.clone())).collect();

@@ -28,4 +28,5 @@ mod nodes_find_each_other_by_mdns;
 mod one_request_has_one_trace_in_all_processes;
 mod the_openai_client_library_works;
 mod two_nodes_of_one_name_are_told;
+mod what_is_said_about_the_choice_of_tokens_holds_on_another_machine;
 mod what_was_acknowledged_survives_kill_9;

@@ -56,11 +56,45 @@ try:
 except openai.NotFoundError as error:
     assert error.code == "model_not_found" and model in error.message, error
 
+likely = client.chat.completions.create(
+    model=model, messages=hello, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3
+)
+tokens = likely.choices[0].logprobs.content
+assert b"".join(bytes(token.bytes) for token in tokens).decode() == likely.choices[0].message.content == text
+for token in tokens:
+    assert token.logprob <= 0 and len(token.top_logprobs) == 3
+    # Greedy: the chosen token is the likeliest.
+    assert (token.token, token.logprob) == (token.top_logprobs[0].token, token.top_logprobs[0].logprob)
+    assert sum(2.718281828**other.logprob for other in token.top_logprobs) <= 1.00001
+streamed = client.chat.completions.create(
+    model=model, messages=hello, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3, stream=True
+)
+assert [t for c in streamed if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.content] == tokens
+
+
+def biased(bias, **more):
+    answer = client.chat.completions.create(
+        model=model, messages=hello, max_tokens=4, temperature=0, logit_bias=bias, logprobs=True, extra_body=more
+    )
+    return answer.choices[0].logprobs.content
+
+
+forced = biased({"300": 100})
+assert len(forced) == 4 and len({token.token for token in forced}) == 1 and forced[0].token != tokens[0].token
+# A token once said becomes less likely than others.
+assert len({token.token for token in biased({"300": 5}, repetition_penalty=5, top_k=50, min_p=0.01)}) > 1
+
 try:
-    client.chat.completions.create(model=model, messages=hello, logprobs=True)
+    client.chat.completions.create(model=model, messages=hello, logit_bias={"4000000": 1})
+    raise AssertionError("a token that does not exist is biased")
+except openai.BadRequestError as error:
+    assert error.param == "logit_bias", error
+
+try:
+    client.chat.completions.create(model=model, messages=hello, extra_body={"grammar": "root ::= x"})
     raise AssertionError("an unsupported field is ignored")
 except openai.BadRequestError as error:
-    assert error.param == "logprobs", error
+    assert error.param == "grammar", error
 
 # Leave in the middle: the node notices (its test looks), and answers the next request.
 stream = client.chat.completions.create(model=model, messages=hello, max_tokens=1000, temperature=1, stream=True)

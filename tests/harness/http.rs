@@ -137,6 +137,8 @@ pub struct Streamed {
     pub deltas: Vec<String>,
     pub finish_reason: Option<String>,
     pub usage: Option<Value>,
+    /// Entries of `logprobs`, of all chunks.
+    pub logprobs: Vec<Value>,
     /// The error event.
     pub error: Option<Value>,
     /// `[DONE]` came.
@@ -203,6 +205,7 @@ impl Streamed {
                 assert!(self.finish_reason.is_none(), "a choice behind the finish reason: {chunk}");
                 assert_eq!(choice["index"], 0);
                 self.finish_reason = choice["finish_reason"].as_str().map(str::to_owned);
+                self.logprobs.extend(choice["logprobs"]["content"].as_array().into_iter().flatten().cloned());
                 match choice["delta"]["content"].as_str() {
                     None | Some("") => {}
                     Some(text) => {

@@ -11,7 +11,7 @@ mod status;
 
 use std::time::Duration;
 
-pub use http::client;
+pub use http::{Answer, client};
 pub use machine::Machine;
 pub use process::{Ran, finish, ingle, is_alive, kill, listening_ports, run};
 pub use quic::{Certificate, QuicClient, tls};

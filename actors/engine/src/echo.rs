@@ -2,8 +2,9 @@
 //! by default; only [`crate::ModelSource::Echo`] starts it.
 //!
 //! It goes through the same scheduler, sampler and detokenizer as a real model: a token is a byte (so characters
-//! cross token borders), ids from 256 on mark the turns, and its logits leave exactly one token possible. What it
-//! says next is a function of the tokens so far, so a resumed answer goes on where it was.
+//! cross token borders), ids from 256 on mark the turns, and its logits leave one token possible, and a second where
+//! that one is forbidden: what would come behind it, or the text from its beginning where it would end. What it says
+//! next is a function of the tokens so far, so a resumed answer goes on where it was.
 //!
 //! The user's message may begin with directives, up to the first `: `, which are then not echoed:
 //!
@@ -34,6 +35,8 @@ const END: u32 = TURN + 4;
 const VOCABULARY: u32 = END + 1;
 const DEFAULT_CONTEXT: u32 = 8192;
 const CHUNK: u32 = 64;
+/// A logit beside 0 that is never drawn by chance, but is where a bias lifts it or forbids the other.
+const UNLIKELY: f32 = -80.0;
 /// A wait that a directive asks for is cut here.
 const LONGEST_WAIT: Duration = Duration::from_secs(600);
 
@@ -128,6 +131,9 @@ impl StepEngine for Echo {
                 let (next, pause) = next_token(tokens);
                 wait = wait.max(pause);
                 if let Some(row) = rows.next() {
+                    if let Some(second) = second_token(tokens) {
+                        row[second as usize] = UNLIKELY;
+                    }
                     row[next as usize] = 0.0;
                 }
             } else if entries.get(index + 1).is_none_or(|next| next.slot != entry.slot) {
@@ -159,6 +165,15 @@ fn next_token(tokens: &[u32]) -> (u32, Duration) {
     }
     let total = script.text.len().saturating_mul(script.repeat);
     (if said < total { script.text[said % script.text.len()] } else { END }, pause)
+}
+
+/// What comes where the next token must not.
+fn second_token(tokens: &[u32]) -> Option<u32> {
+    let turn = tokens.iter().rposition(|token| *token == ASSISTANT)?;
+    let Script { text, repeat, .. } = script_of_prompt(&tokens[..turn]);
+    let said = tokens.len() - turn - 1;
+    let ends = said >= text.len().saturating_mul(repeat);
+    text.get(if ends { said } else { said + 1 }.checked_rem(text.len())?).copied()
 }
 
 #[derive(Debug, Default, PartialEq)]

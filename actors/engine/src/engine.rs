@@ -10,6 +10,7 @@ use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::{ModelState, RefusalKind, Refused, Request};
 use tokio::sync::{mpsc, watch};
 
+use crate::sampler::TokenMask;
 use crate::scheduler::{self, LastWord, Place, Submission, Wake};
 use crate::snapshot::Shared;
 use crate::{EngineSnapshot, EngineSpec};
@@ -58,6 +59,16 @@ impl Engine {
     /// one place is set aside for the last frame, so that it arrives even where nobody reads. A full channel
     /// pauses the sequence, a closed one cancels it.
     pub fn submit(&self, request: Request, answers: mpsc::Sender<Answer>) {
+        self.submit_constrained(request, None, answers);
+    }
+
+    /// As [`Engine::submit`]; `mask` decides which tokens may come. It gets the tokens to resume behind as well.
+    pub fn submit_constrained(
+        &self,
+        request: Request,
+        mask: Option<Box<dyn TokenMask>>,
+        answers: mpsc::Sender<Answer>,
+    ) {
         let Some(last) = LastWord::reserve(&answers) else {
             return; // closed, or without room for a single frame: nobody to tell
         };
@@ -81,7 +92,7 @@ impl Engine {
             let message = format!("all places are taken: {} requests wait already", self.queue);
             return refuse(last, RefusalKind::Busy, message, Some(self.retry_after_ms()));
         };
-        let submission = Submission { request: Box::new(request), answers, last, place, at: Instant::now() };
+        let submission = Submission { request: Box::new(request), mask, answers, last, place, at: Instant::now() };
         match self.submissions.as_ref().map(|queue| queue.try_send(submission)) {
             Some(Ok(())) => {}
             // As many fit as there are places, so a full queue cannot be; a closed one is an engine that ended.

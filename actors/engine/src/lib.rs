@@ -38,6 +38,7 @@ mod step_engine;
 pub use engine::Engine;
 pub use error::EngineError;
 pub use inspect::{ModelSummary, inspect};
+pub use sampler::{BitMask, TokenMask};
 pub use snapshot::EngineSnapshot;
 pub use kernels::{InstructionSet, KvType};
 pub use spec::{

@@ -1,126 +1,166 @@
-//! The choice of the next token. Randomness is a function of (seed, position) alone, so that an answer that goes
-//! on elsewhere draws the numbers that it would have drawn here.
+//! The choice of the next token, from one row of logits. In this order:
+//!
+//! 1. `logit_bias` is added;
+//! 2. `repetition_penalty` over the last `repetition_window` tokens of prompt and answer: positive logits are divided
+//!    by it, others multiplied; then `presence_penalty` and `frequency_penalty` over the answer's tokens;
+//! 3. what must not come becomes impossible: tokens outside the [`TokenMask`], the model's end tokens under
+//!    `ignore_eos`, end and stop tokens before `min_tokens`;
+//! 4. `temperature`: logits are divided by it (0: the likeliest token, and nothing below applies);
+//! 5. `top_k`, then `top_p` (probabilities among what `top_k` left), then `min_p` (relative to the likeliest);
+//! 6. the draw.
+//!
+//! Temperature comes before the filters, as at OpenAI, vLLM, transformers and Ollama (llama.cpp alone has it last):
+//! settings that clients bring along mean here what they mean there.
+//!
+//! Logarithmic probabilities are the model's own: of the logits before step 1, at temperature 1.
+//!
+//! The choice is a function of (logits, tokens so far, sampling, position) alone, randomness being a function of
+//! (seed, position): nothing is carried from step to step, so an answer that goes on elsewhere draws what it would have
+//! drawn here. It uses no function of the system's mathematics library (see `numbers`), so machines agree too. Nothing
+//! is sorted but what is left in the end, and buffers are used again.
 
 use ingle_protocol::wire::v1::Sampling;
 
-/// Chooses from one row of logits. `position` is the token's place in the answer. `None` where no logit is a
-/// number.
-pub fn sample(logits: &[f32], sampling: &Sampling, position: u32) -> Option<u32> {
-    let best = greedy(logits)?;
-    let temperature = f64::from(sampling.temperature);
-    let greatest = f64::from(logits[best as usize]);
-    if temperature <= 0.0 || greatest.is_infinite() {
-        return Some(best);
-    }
-    let weight = |logit: f32| ((f64::from(logit) - greatest) / temperature).exp();
-    let total: f64 = logits.iter().copied().filter(|logit| !logit.is_nan()).map(weight).sum();
-    let top_p = f64::from(sampling.top_p);
-    // Nothing below this can be among the fewest tokens that reach `top_p`: all such tokens together do not make
-    // up what is left over. So only a few have to be sorted.
-    let floor = if top_p < 1.0 { total * (1.0 - top_p) / logits.len() as f64 } else { 0.0 };
-    let mut candidates: Vec<(u32, f64)> = (0u32..)
-        .zip(logits)
-        .filter(|(_, logit)| !logit.is_nan())
-        .map(|(id, logit)| (id, weight(*logit)))
-        .filter(|(_, weight)| *weight > floor)
-        .collect();
-    let mut sum = total;
-    if top_p < 1.0 {
-        candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        sum = 0.0;
-        let mut kept = 0;
-        for (_, weight) in &candidates {
-            sum += weight;
-            kept += 1;
-            if sum >= top_p * total {
-                break;
-            }
-        }
-        candidates.truncate(kept);
-    }
-    let mut left = uniform(sampling.seed, position) * sum;
-    for (id, weight) in &candidates {
-        left -= weight;
-        if left < 0.0 {
-            return Some(*id);
-        }
-    }
-    // Rounding left a little over: the last that could have been meant.
-    candidates.last().map(|(id, _)| *id).or(Some(best))
-}
+use crate::text::Codec;
 
-/// The token with the greatest logit, the lowest id among equals.
-fn greedy(logits: &[f32]) -> Option<u32> {
-    let mut best: Option<(u32, f32)> = None;
-    for (id, logit) in (0u32..).zip(logits.iter().copied()) {
-        if !logit.is_nan() && best.is_none_or(|(_, greatest)| logit > greatest) {
-            best = Some((id, logit));
-        }
-    }
-    best.map(|(id, _)| id)
-}
-
-/// A number in [0, 1) from (seed, position): two rounds of SplitMix64's finalizer, which spreads every bit.
-fn uniform(seed: u64, position: u32) -> f64 {
-    let mixed = mix(mix(seed) ^ (u64::from(position) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    (mixed >> 11) as f64 / (1u64 << 53) as f64
-}
-
-fn mix(mut z: u64) -> u64 {
-    z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
+mod filters;
+mod logprobs;
+mod mask;
+mod numbers;
+mod penalties;
+mod scan;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
+mod tests;
 
-    fn sampling(temperature: f32, top_p: f32, seed: u64) -> Sampling {
-        Sampling { temperature, top_p, seed, max_tokens: None, stop: vec![] }
-    }
+pub(crate) use logprobs::Likelihood;
+pub use mask::{BitMask, TokenMask};
 
-    #[test]
-    fn greedy_takes_the_first_of_the_greatest() {
-        assert_eq!(sample(&[0.0, 2.0, 2.0, f32::NAN], &sampling(0.0, 1.0, 1), 0), Some(1));
-        assert_eq!(sample(&[f32::NAN], &sampling(0.0, 1.0, 1), 0), None);
-        assert_eq!(sample(&[f32::NEG_INFINITY, 0.0], &sampling(5.0, 1.0, 1), 0), Some(1));
-    }
+/// Temperatures below this are 0: their inverse is no useful number any more.
+const COLD: f32 = 1e-5;
 
-    #[test]
-    fn frequencies_follow_the_probabilities() {
-        let logits = [0.6f32.ln(), 0.3f32.ln(), 0.1f32.ln()];
-        let mut counts = [0u32; 3];
-        for position in 0..20_000 {
-            counts[sample(&logits, &sampling(1.0, 1.0, 42), position).unwrap() as usize] += 1;
+/// Where a token is to be chosen.
+#[derive(Debug)]
+pub(crate) struct Place<'a> {
+    /// One for each token of the vocabulary.
+    pub logits: &'a [f32],
+    pub sampling: &'a Sampling,
+    /// Prompt and answer.
+    pub tokens: &'a [u32],
+    /// How many of them are the prompt's.
+    pub prompt: usize,
+    /// Decides what may come, where somebody does.
+    pub mask: Option<&'a mut dyn TokenMask>,
+}
+
+/// A token, chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Chosen {
+    pub id: u32,
+    /// Where the sampling asks for it.
+    pub likelihood: Option<Likelihood>,
+}
+
+/// Why no token can be chosen. The same wherever it would be tried again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NoChoice {
+    /// Every logit is −∞ or no number at all.
+    #[error("the model computed no numbers for this prompt")]
+    NoNumbers,
+    /// There were some, but none of them may come.
+    #[error(
+        "no token may come next: what constrains the answer (a grammar, `logit_bias`, `ignore_eos` or `min_tokens`) \
+         forbids every token that the model could say here; ask for less of it"
+    )]
+    AllForbidden,
+}
+
+/// Chooses for all sequences of an engine, one after the other.
+#[derive(Debug)]
+pub(crate) struct Sampler {
+    /// The model's end tokens.
+    ends: Vec<u32>,
+    /// Logits after steps 1 to 3, where these change any.
+    adjusted: Vec<f32>,
+    maxima: Vec<f32>,
+    seen: Vec<u32>,
+    mask: BitMask,
+    buffers: filters::Buffers,
+}
+
+impl Sampler {
+    /// For the vocabulary of `codec`.
+    pub fn new(codec: &dyn Codec) -> Self {
+        Self {
+            ends: (0..codec.vocabulary()).filter(|id| codec.is_end(*id)).collect(),
+            adjusted: Vec::new(),
+            maxima: Vec::new(),
+            seen: Vec::new(),
+            mask: BitMask::default(),
+            buffers: filters::Buffers::default(),
         }
-        for (count, expected) in counts.into_iter().zip([0.6, 0.3, 0.1]) {
-            let share = f64::from(count) / 20_000.0;
-            assert!((share - expected).abs() < 0.015, "{counts:?}");
-        }
     }
 
-    #[test]
-    fn top_p_keeps_the_fewest_that_reach_it() {
-        let logits = [0.1f32.ln(), 0.6f32.ln(), 0.3f32.ln()];
-        let drawn = |top_p| {
-            let mut ids: Vec<u32> = (0..2_000).map(|p| sample(&logits, &sampling(1.0, top_p, 7), p).unwrap()).collect();
-            ids.sort_unstable();
-            ids.dedup();
-            ids
+    /// Chooses the next token.
+    pub fn choose(&mut self, mut place: Place<'_>) -> Result<Chosen, NoChoice> {
+        let (logits, sampling) = (place.logits, place.sampling);
+        let mut greatest = scan::maxima(logits, &mut self.maxima);
+        if greatest == f32::NEG_INFINITY {
+            return Err(NoChoice::NoNumbers);
+        }
+        let likelihoods = sampling.logprobs.map(|count| {
+            let filters::Buffers { candidates, scratch, .. } = &mut self.buffers;
+            let distribution = logprobs::Distribution::new(logits, greatest);
+            (distribution, distribution.top(logits, &self.maxima, count, candidates, scratch))
+        });
+        let row = if self.adjust(&mut place) {
+            greatest = scan::maxima(&self.adjusted, &mut self.maxima);
+            if greatest == f32::NEG_INFINITY {
+                return Err(NoChoice::AllForbidden);
+            }
+            &self.adjusted
+        } else {
+            logits
         };
-        assert_eq!(drawn(0.5), [1]);
-        assert_eq!(drawn(0.85), [1, 2]);
-        assert_eq!(drawn(0.95), [0, 1, 2]);
-        assert_eq!(drawn(1e-6), [1]);
+        let drawn = if sampling.temperature < COLD || sampling.top_k == 1 || greatest == f32::INFINITY {
+            None
+        } else {
+            let heat = scan::Heat::new(greatest, sampling.temperature);
+            let position = (place.tokens.len() - place.prompt) as u32;
+            filters::draw(row, &self.maxima, heat, sampling, position, &mut self.buffers)
+        };
+        let id = drawn.unwrap_or_else(|| scan::first(row, &self.maxima, greatest));
+        let likelihood =
+            likelihoods.map(|(distribution, top)| Likelihood { chosen: distribution.of(logits[id as usize]), top });
+        Ok(Chosen { id, likelihood })
     }
 
-    #[test]
-    fn the_same_seed_and_position_draw_the_same() {
-        let logits: Vec<f32> = (0..100).map(|i| (i % 7) as f32).collect();
-        let draw = |seed| (0..50).map(|p| sample(&logits, &sampling(1.0, 0.9, seed), p)).collect::<Vec<_>>();
-        assert_eq!(draw(3), draw(3));
-        assert_ne!(draw(3), draw(4));
+    /// Steps 1 to 3. False where they change nothing; then `adjusted` is not filled.
+    fn adjust(&mut self, place: &mut Place<'_>) -> bool {
+        let Place { logits, sampling, tokens, prompt, mask } = place;
+        let early = tokens.len() - *prompt < sampling.min_tokens as usize;
+        let no_end = sampling.ignore_eos || early;
+        let penalised = penalties::any(sampling);
+        if !penalised && !no_end && mask.is_none() {
+            return false;
+        }
+        let row = &mut self.adjusted;
+        row.clear();
+        row.extend_from_slice(logits);
+        if penalised {
+            penalties::adjust(row, sampling, tokens, *prompt, &mut self.seen);
+        }
+        if let Some(mask) = mask {
+            self.mask.reset(row.len());
+            mask.allowed(&tokens[*prompt..], &mut self.mask);
+            self.mask.apply(row);
+        }
+        if no_end {
+            penalties::forbid(row, &self.ends);
+        }
+        if early {
+            penalties::forbid(row, &sampling.stop_token_ids);
+        }
+        true
     }
 }

@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 use ingle_protocol::wire::v1::{FailureKind, ModelState};
 
 use crate::device::{self, Loaded};
-use crate::sampler::sample;
+use crate::sampler::Sampler;
 use crate::snapshot::Shared;
 use crate::text::Codec;
 use crate::{EngineError, EngineSpec, StepEngine, StepEntry};
 
+mod checks;
 mod heartbeat;
 mod intake;
 mod output;
@@ -83,6 +84,7 @@ pub(crate) fn run(
         spec,
         shared: Arc::clone(shared),
         engine,
+        sampler: Sampler::new(&*codec),
         codec,
         inbox,
         waiting: Vec::new(),
@@ -127,6 +129,7 @@ struct Scheduler {
     spec: EngineSpec,
     shared: Arc<Shared>,
     engine: Box<dyn StepEngine>,
+    sampler: Sampler,
     codec: Arc<dyn Codec>,
     inbox: Receiver<Wake>,
     /// At most `spec.queue` (each holds a [`Place`]).
@@ -295,12 +298,7 @@ impl Scheduler {
         let mut ended = Vec::new();
         for (row, index) in wanting.into_iter().enumerate() {
             let sequence = &mut self.running[index];
-            let Some(id) = sample(logits.row(row), &sequence.sampling, sequence.generated()) else {
-                // Its own trouble, and the same wherever it would be tried again.
-                ended.push((index, End::Impossible("the model computed no numbers for this prompt".into())));
-                continue;
-            };
-            if let Some(end) = sequence.take(id, &*self.codec, now) {
+            if let Some(end) = sequence.advance(logits.row(row), &mut self.sampler, &*self.codec, now) {
                 ended.push((index, end));
             }
         }

@@ -36,7 +36,7 @@ fn engine() -> &'static Engine {
 }
 
 fn request(content: &str, change: impl FnOnce(&mut Request)) -> Request {
-    let sampling = Sampling { temperature: 0.0, top_p: 1.0, seed: 7, max_tokens: Some(24), stop: vec![] };
+    let sampling = Sampling { seed: 7, max_tokens: Some(24), ..Sampling::default() };
     let mut request = Request {
         request_id: RequestId([1; 16]),
         attempt: 0,

@@ -162,8 +162,7 @@ fn chat_request(text: String, model: String, system: Option<String>, deadline: D
             temperature: DEFAULT_TEMPERATURE,
             top_p: DEFAULT_TOP_P,
             seed: ingress::random_seed(),
-            max_tokens: None,
-            stop: vec![],
+            ..Sampling::default()
         },
         extra: vec![],
     }

@@ -5,7 +5,7 @@ use super::{Body, Frame, WireError, encode};
 
 /// One frame of an answer. An answer is `Accepted`, any `Progress`, any `Token`, then `Finished` or `Failed`;
 /// or it is one `Refused`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Answer {
     /// The engine takes the request.
     Accepted(Accepted),

@@ -53,6 +53,32 @@ fn facts() -> NodeFacts {
     }
 }
 
+/// Every field has a value of its own.
+fn sampling() -> Sampling {
+    Sampling {
+        temperature: 0.7,
+        top_k: 40,
+        top_p: 0.9,
+        min_p: 0.05,
+        repetition_penalty: 1.1,
+        repetition_window: 64,
+        presence_penalty: 0.5,
+        frequency_penalty: -0.5,
+        logit_bias: vec![LogitBias { token: 300_000, bias: -100.0 }],
+        seed: 42,
+        max_tokens: Some(16),
+        min_tokens: 2,
+        stop: vec!["END".into()],
+        stop_token_ids: vec![7],
+        ignore_eos: true,
+        logprobs: Some(5),
+    }
+}
+
+fn logprob(id: u32, logprob: f32) -> Logprob {
+    Logprob { id, logprob, bytes: vec![0xf0, 0x9f] }
+}
+
 fn request() -> Request {
     Request {
         request_id: RequestId([9; 16]),
@@ -64,9 +90,9 @@ fn request() -> Request {
         model: "default".into(),
         digest: ModelDigest([7; 32]),
         messages: vec![Message { role: Role::User, content: "héllo 🔥".into(), extra: b"{}".to_vec() }],
-        sampling: Sampling { temperature: 0.7, top_p: 0.9, seed: 42, max_tokens: Some(16), stop: vec!["END".into()] },
+        sampling: sampling(),
         resume: vec![1, 2, 300_000],
-        extra: br#"{"top_k":5}"#.to_vec(),
+        extra: br#"{"grammar":"x"}"#.to_vec(),
     }
 }
 
@@ -92,7 +118,12 @@ fn samples() -> Vec<(&'static str, Frame)> {
             retry_after_ms: Some(1500),
         }),
         sample(Progress::Prefilled { done: 64, total: 1500 }),
-        sample(Token { position: 300, id: 49_151, text: "🔥".as_bytes().to_vec() }),
+        sample(Token {
+            position: 300,
+            id: 49_151,
+            text: "🔥".as_bytes().to_vec(),
+            logprobs: Some(Logprobs { chosen: logprob(49_151, -0.5), top: vec![logprob(7, -0.25)] }),
+        }),
         sample(Finished {
             reason: FinishReason::Length,
             usage: Usage { prompt_tokens: 1500, cached_tokens: 1024, completion_tokens: 16 },
@@ -188,8 +219,17 @@ fn trailing_bytes_and_other_kinds_are_refused() {
 
 #[test]
 fn a_body_over_its_limit_is_not_sent() {
-    let token = Token { position: 0, id: 0, text: vec![b'x'; 70_000] };
+    let token = Token { position: 0, id: 0, text: vec![b'x'; 70_000], logprobs: None };
     assert!(matches!(encode(&token), Err(WireError::TooLong { .. })));
+}
+
+#[test]
+fn a_token_with_all_that_may_come_with_it_fits() {
+    let longest = Logprob { id: u32::MAX, logprob: -1.0, bytes: vec![b'x'; LOGPROB_BYTES_LIMIT] };
+    let top = vec![longest.clone(); usize::from(TOP_LOGPROBS_LIMIT)];
+    let logprobs = Some(Logprobs { chosen: longest, top });
+    let token = Token { position: 0, id: 0, text: vec![b'x'; 32 << 10], logprobs };
+    assert!(encode(&token).is_ok());
 }
 
 proptest! {
@@ -197,10 +237,10 @@ proptest! {
     fn no_bytes_make_the_decoder_panic(kind: u8, body in proptest::collection::vec(any::<u8>(), 0..512)) {
         let frame = Frame { kind, body: body.clone().into() };
         let _ = (frame.decode::<Request>(), frame.decode::<NodeFacts>(), frame.decode::<EngineReport>());
-        for known in [Request::KIND, Hello::KIND, Pulse::KIND, JoinGranted::KIND, Refused::KIND] {
+        for known in [Request::KIND, Token::KIND, Hello::KIND, Pulse::KIND, JoinGranted::KIND, Refused::KIND] {
             let frame = Frame { kind: known, body: body.clone().into() };
             let _ = (frame.decode::<Request>(), frame.decode::<Hello>(), frame.decode::<Pulse>());
-            let _ = (frame.decode::<JoinGranted>(), frame.decode::<Refused>());
+            let _ = (frame.decode::<JoinGranted>(), frame.decode::<Refused>(), frame.decode::<Token>());
         }
         let _ = Frame::from_bytes(&body);
     }

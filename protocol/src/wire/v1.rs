@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 use super::Body;
 use crate::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};
 
+mod sampling;
+pub use sampling::*;
+
 const KIB: u32 = 1 << 10;
 const MIB: u32 = 1 << 20;
 
@@ -112,22 +115,6 @@ pub struct Message {
     pub content: String,
     /// Members of the message's JSON that have no field here, as a JSON object; empty for none.
     pub extra: Vec<u8>,
-}
-
-/// How the next token is chosen. The seed is always chosen where the request enters, so that a repeated attempt
-/// draws the same numbers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Sampling {
-    /// 0 is greedy.
-    pub temperature: f32,
-    /// Smallest set of tokens whose probabilities reach this sum; 1 is off.
-    pub top_p: f32,
-    /// Randomness is a function of (seed, position) alone.
-    pub seed: u64,
-    /// The most tokens to generate; `None`: up to the context's end.
-    pub max_tokens: Option<u32>,
-    /// Texts that end the answer and are not part of it.
-    pub stop: Vec<String>,
 }
 
 /// Whose turn comes first when not all can be served.
@@ -243,7 +230,7 @@ pub enum Progress {
 }
 
 /// One generated token.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Token {
     /// Its place in the answer; the first is 0. A resumed answer goes on counting.
     pub position: u32,
@@ -252,6 +239,8 @@ pub struct Token {
     /// The text that it releases: whole UTF-8 characters, possibly none (held back for a character or a stop
     /// text that may be coming), possibly more than its own.
     pub text: Vec<u8>,
+    /// Where the request asks for them; `None` also for a token that ended the answer and has no text in it.
+    pub logprobs: Option<Logprobs>,
 }
 
 /// Why an answer is at its end.

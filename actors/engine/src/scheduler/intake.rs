@@ -9,21 +9,19 @@ use std::time::{Duration, Instant};
 
 use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Accepted, ModelState, RefusalKind, Refused, Request, Sampling};
+use ingle_protocol::wire::v1::{Accepted, ModelState, RefusalKind, Refused, Request};
 use tokio::sync::mpsc;
 
 use super::Wake;
+use super::checks::{check_extra, check_sampling, invalid, refuse};
 use super::heartbeat::Hearts;
 use super::output::{LastWord, Output};
 use super::sequence::{Sequence, Times};
+use crate::sampler::TokenMask;
 use crate::snapshot::Shared;
 use crate::text::{Codec, Detokenizer};
 use crate::{Capabilities, EngineSpec};
 
-/// The most stop texts of a request.
-const MAX_STOPS: usize = 16;
-/// The most bytes of one.
-const MAX_STOP_BYTES: usize = 1024;
 /// A deadline further away than this is none.
 const FAR: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -49,6 +47,8 @@ impl Drop for Place {
 #[derive(Debug)]
 pub(crate) struct Submission {
     pub request: Box<Request>,
+    /// Constrains the answer.
+    pub mask: Option<Box<dyn TokenMask>>,
     pub answers: mpsc::Sender<Answer>,
     pub last: LastWord,
     pub place: Place,
@@ -98,7 +98,7 @@ impl Intake {
 
     /// `None` where the answer has been given already.
     fn prepare(&self, submission: Submission) -> Option<Sequence> {
-        let Submission { request, answers, last, place, at } = submission;
+        let Submission { request, mask, answers, last, place, at } = submission;
         let span = tracing::info_span!(
             "request",
             request_id = %request.request_id,
@@ -132,6 +132,7 @@ impl Intake {
             context_length: self.context_length,
             detokenizer: Detokenizer::new(&sampling.stop),
             sampling,
+            mask,
             place: Some(place),
             times: Times { submitted: at, admitted: None, first_token: None },
             span,
@@ -169,7 +170,7 @@ impl Intake {
             return Err(refuse(RefusalKind::UnknownModel, Some("model"), message));
         }
         check_extra(request)?;
-        check_sampling(&request.sampling)?;
+        check_sampling(&request.sampling, self.vocabulary)?;
         if request.messages.is_empty() {
             return Err(invalid("messages", "there must be at least one message"));
         }
@@ -208,71 +209,6 @@ impl Intake {
         }
         Ok(prompt)
     }
-}
-
-fn check_sampling(sampling: &Sampling) -> Result<(), Refused> {
-    let Sampling { temperature, top_p, max_tokens, stop, .. } = sampling;
-    if !(0.0..=2.0).contains(temperature) {
-        return Err(invalid("temperature", &format!("it is {temperature}, but must be from 0 to 2")));
-    }
-    if !(0.0..=1.0).contains(top_p) {
-        return Err(invalid("top_p", &format!("it is {top_p}, but must be from 0 to 1")));
-    }
-    if *max_tokens == Some(0) {
-        return Err(invalid("max_tokens", "it is 0, but must be at least 1"));
-    }
-    if stop.len() > MAX_STOPS {
-        return Err(invalid("stop", &format!("there are {} stop texts, at most {MAX_STOPS} are possible", stop.len())));
-    }
-    if stop.iter().any(|text| text.is_empty() || text.len() > MAX_STOP_BYTES) {
-        return Err(invalid("stop", &format!("a stop text must have 1 to {MAX_STOP_BYTES} bytes")));
-    }
-    Ok(())
-}
-
-/// Refuses every member that this engine would have to ignore, by name.
-fn check_extra(request: &Request) -> Result<(), Refused> {
-    check_members(&request.extra, "", "extra")?;
-    for (index, message) in request.messages.iter().enumerate() {
-        check_members(&message.extra, &format!("messages[{index}]."), &format!("messages[{index}]"))?;
-    }
-    Ok(())
-}
-
-fn check_members(json: &[u8], prefix: &str, whole: &str) -> Result<(), Refused> {
-    if json.is_empty() {
-        return Ok(());
-    }
-    let members: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_slice(json).map_err(|why| invalid(whole, &format!("not a JSON object: {why}")))?;
-    match members.iter().find(|(name, value)| !(value.is_null() || prefix.is_empty() && is_usual(name, value))) {
-        None => Ok(()),
-        Some((name, _)) => {
-            let param = format!("{prefix}{name}");
-            let message = format!("'{param}' is not supported by this model's engine");
-            Err(refuse(RefusalKind::UnsupportedField, Some(&param), message))
-        }
-    }
-}
-
-/// The member asks for what happens anyway (some client libraries always send these).
-fn is_usual(name: &str, value: &serde_json::Value) -> bool {
-    match name {
-        "n" => value.as_f64() == Some(1.0),
-        "frequency_penalty" | "presence_penalty" => value.as_f64() == Some(0.0),
-        "logprobs" => value == false,
-        "logit_bias" => value.as_object().is_some_and(serde_json::Map::is_empty),
-        "response_format" => *value == serde_json::json!({ "type": "text" }),
-        _ => false,
-    }
-}
-
-fn invalid(param: &str, message: &str) -> Refused {
-    refuse(RefusalKind::InvalidField, Some(param), format!("Invalid '{param}': {message}"))
-}
-
-fn refuse(kind: RefusalKind, param: Option<&str>, message: String) -> Refused {
-    Refused { kind, message, param: param.map(ToString::to_string), retry_after_ms: None }
 }
 
 fn hex(bytes: &[u8]) -> String {

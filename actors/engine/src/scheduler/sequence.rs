@@ -3,11 +3,15 @@
 use std::time::{Duration, Instant};
 
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Failed, FailureKind, FinishReason, Finished, Priority, Sampling, Token, Usage};
+use ingle_protocol::wire::v1::{
+    Failed, FailureKind, FinishReason, Finished, LOGPROB_BYTES_LIMIT, Logprob, Logprobs, Priority, Sampling, Token,
+    Usage,
+};
 
 use super::intake::Place;
 use super::output::{Lingering, Output};
-use crate::text::{Codec, Detokenizer};
+use crate::sampler::{Chosen, Likelihood, Place as Choice, Sampler, TokenMask};
+use crate::text::{Codec, Detokenizer, Piece};
 
 /// A request from its admission to the queue to its end.
 #[derive(Debug)]
@@ -15,6 +19,8 @@ pub(crate) struct Sequence {
     pub output: Output,
     pub priority: Priority,
     pub sampling: Sampling,
+    /// Decides which tokens may come, where the answer is constrained.
+    pub mask: Option<Box<dyn TokenMask>>,
     pub deadline: Instant,
     /// Prompt, resumed tokens, generated tokens.
     pub tokens: Vec<u32>,
@@ -98,16 +104,29 @@ impl Sequence {
         }
     }
 
+    /// Chooses the next token from its logits and sends it. `Some` where the answer is at its end.
+    pub fn advance(&mut self, logits: &[f32], sampler: &mut Sampler, codec: &dyn Codec, now: Instant) -> Option<End> {
+        let mask = self.mask.as_mut().map(|mask| &mut **mask as &mut dyn TokenMask);
+        let (sampling, tokens, prompt) = (&self.sampling, &self.tokens[..], self.prompt as usize);
+        match sampler.choose(Choice { logits, sampling, tokens, prompt, mask }) {
+            Ok(chosen) => self.take(chosen, codec, now),
+            // Its own trouble, and the same wherever it would be tried again.
+            Err(why) => Some(End::Impossible(why.to_string())),
+        }
+    }
+
     /// Takes a generated token and sends it. `Some` where it was the last.
-    pub fn take(&mut self, id: u32, codec: &dyn Codec, now: Instant) -> Option<End> {
+    fn take(&mut self, chosen: Chosen, codec: &dyn Codec, now: Instant) -> Option<End> {
+        let Chosen { id, likelihood } = chosen;
         if self.times.first_token.is_none() {
             self.times.first_token = Some(now);
             self.output.hush();
         }
         let position = self.generated();
         self.tokens.push(id);
-        let mut piece = self.detokenizer.push(codec, id);
-        let mut end = if piece.stopped || codec.is_end(id) { Some(FinishReason::Stop) } else { self.is_full() };
+        let ends = self.is_end(id, codec);
+        let mut piece = if ends { Piece::default() } else { self.detokenizer.push(codec, id) };
+        let mut end = if piece.stopped || ends { Some(FinishReason::Stop) } else { self.is_full() };
         if end.is_some() && !piece.stopped {
             let rest = self.detokenizer.finish();
             piece.text.extend_from_slice(&rest.text);
@@ -115,8 +134,14 @@ impl Sequence {
                 end = Some(FinishReason::Stop);
             }
         }
-        self.output.send(Answer::Token(Token { position, id, text: piece.text }));
+        let logprobs = likelihood.filter(|_| !ends).map(|likelihood| in_words(id, likelihood, codec));
+        self.output.send(Answer::Token(Token { position, id, text: piece.text, logprobs }));
         end.map(End::Finished)
+    }
+
+    /// This token ends the answer, and its text is not part of it.
+    fn is_end(&self, id: u32, codec: &dyn Codec) -> bool {
+        codec.is_end(id) || self.sampling.stop_token_ids.contains(&id)
     }
 
     /// There may be no further token.
@@ -129,7 +154,7 @@ impl Sequence {
     pub fn replay(&mut self, codec: &dyn Codec) -> Option<End> {
         for index in self.prompt as usize..self.tokens.len() {
             let id = self.tokens[index];
-            if self.detokenizer.push(codec, id).stopped || codec.is_end(id) {
+            if self.is_end(id, codec) || self.detokenizer.push(codec, id).stopped {
                 return Some(End::Finished(FinishReason::Stop));
             }
         }
@@ -176,4 +201,14 @@ impl Sequence {
             );
         });
     }
+}
+
+/// A choice's probabilities as they travel, with the tokens' texts.
+fn in_words(id: u32, likelihood: Likelihood, codec: &dyn Codec) -> Logprobs {
+    let logprob = |id, logprob| {
+        let bytes = codec.bytes(id);
+        Logprob { id, logprob, bytes: bytes[..bytes.len().min(LOGPROB_BYTES_LIMIT)].to_vec() }
+    };
+    let top = likelihood.top.into_iter().map(|(id, value)| logprob(id, value)).collect();
+    Logprobs { chosen: logprob(id, likelihood.chosen), top }
 }

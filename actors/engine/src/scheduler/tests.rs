@@ -9,6 +9,8 @@ use super::*;
 use crate::gguf::tiny;
 use crate::{Engine, EngineSpec, ModelOptions, ModelSource};
 
+mod sampling;
+
 const WAIT: Duration = Duration::from_secs(20);
 
 fn echo() -> EngineSpec {
@@ -48,7 +50,7 @@ fn request(content: &str) -> Request {
         model: "echo".into(),
         digest: ModelDigest::default(),
         messages: vec![Message { role: Role::User, content: content.into(), extra: vec![] }],
-        sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 1, max_tokens: None, stop: vec![] },
+        sampling: Sampling { seed: 1, ..Sampling::default() },
         resume: vec![],
         extra: vec![],
     }
@@ -207,12 +209,33 @@ fn what_cannot_be_honoured_is_refused_by_name() {
     let (kind, param, _) = refusal(&|r| r.messages[0].extra = br#"{"name": "x"}"#.to_vec());
     assert_eq!((kind, param.as_str()), (RefusalKind::UnsupportedField, "messages[0].name"));
     type Change = dyn Fn(&mut Request);
-    let invalid: [(&str, &Change); 11] = [
+    fn bias(token: u32, bias: f32) -> Vec<LogitBias> {
+        vec![LogitBias { token, bias }]
+    }
+    let invalid: [(&str, &Change); 26] = [
         ("extra", &|r| r.extra = b"[1]".to_vec()),
         ("messages", &|r| r.messages.clear()),
         ("temperature", &|r| r.sampling.temperature = 2.5),
         ("temperature", &|r| r.sampling.temperature = f32::NAN),
         ("top_p", &|r| r.sampling.top_p = -0.1),
+        ("min_p", &|r| r.sampling.min_p = 1.5),
+        ("repetition_penalty", &|r| r.sampling.repetition_penalty = 0.0),
+        ("repetition_penalty", &|r| r.sampling.repetition_penalty = f32::INFINITY),
+        ("presence_penalty", &|r| r.sampling.presence_penalty = 2.5),
+        ("frequency_penalty", &|r| r.sampling.frequency_penalty = f32::NAN),
+        ("logit_bias", &|r| r.sampling.logit_bias = bias(97, -100.5)),
+        ("logit_bias", &|r| r.sampling.logit_bias = bias(97, f32::NAN)),
+        ("logit_bias", &|r| r.sampling.logit_bias = bias(261, 1.0)),
+        ("logit_bias", &|r| r.sampling.logit_bias = bias(97, 1.0).repeat(1025)),
+        ("stop_token_ids", &|r| r.sampling.stop_token_ids = vec![261]),
+        ("stop_token_ids", &|r| r.sampling.stop_token_ids = vec![97; 65]),
+        ("top_logprobs", &|r| r.sampling.logprobs = Some(21)),
+        ("min_tokens", &|r| {
+            r.sampling.max_tokens = Some(3);
+            r.sampling.min_tokens = 4;
+        }),
+        ("extra", &|r| r.extra = b"x".to_vec()),
+        ("resume", &|r| r.resume = vec![261]),
         ("max_tokens", &|r| r.sampling.max_tokens = Some(0)),
         ("stop", &|r| r.sampling.stop = vec![String::new()]),
         ("stop", &|r| r.sampling.stop = vec!["x".into(); 17]),
@@ -224,7 +247,7 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         let (kind, param, message) = refusal(change);
         assert_eq!((kind, param.as_str()), (RefusalKind::InvalidField, field), "{message}");
     }
-    let usual = br#"{"n": 1, "frequency_penalty": 0, "logprobs": false, "logit_bias": {}, "response_format": {"type": "text"}}"#;
+    let usual = br#"{"n": 1, "response_format": {"type": "text"}}"#;
     ask(&engine, changed("hello", |r| r.extra = usual.to_vec())).finished();
     assert_eq!(refusal(&|r| r.extra = br#"{"n": 2}"#.to_vec()).1, "n");
     assert_eq!(refusal(&|r| r.digest = ModelDigest([1; 32])).0, RefusalKind::UnknownModel);
@@ -468,6 +491,21 @@ fn answers_are_the_same_alone_in_company_and_resumed() {
                 r.sampling.top_p = 0.95;
                 r.sampling.seed = n as u64;
                 r.sampling.max_tokens = Some(60);
+                // Every option that looks back, on some of them.
+                if n % 2 == 1 {
+                    r.sampling = Sampling {
+                        top_k: 50,
+                        min_p: 0.01,
+                        repetition_penalty: 1.3,
+                        repetition_window: 20 * n as u32,
+                        presence_penalty: 0.4,
+                        frequency_penalty: 0.3,
+                        logit_bias: vec![LogitBias { token: 5, bias: 2.0 }],
+                        min_tokens: 30,
+                        logprobs: Some(4),
+                        ..r.sampling.clone()
+                    };
+                }
             })
         })
         .collect();

@@ -9,11 +9,12 @@ use axum::http::{HeaderName, HeaderValue};
 use axum::response::Response;
 use ingle_actors::gateway::{ChatRequest, Reply};
 use ingle_actors::protocol::wire::Answer;
-use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Priority, Usage};
+use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Logprobs, Priority, Usage};
 use serde::Serialize;
 use tracing::Span;
 
 use super::error::ok;
+use super::logprobs::LogprobsBody;
 use super::{ApiError, request, stream};
 use crate::http::App;
 use crate::http::authenticate::Principal;
@@ -82,7 +83,7 @@ struct Completion {
 struct Choice {
     index: u32,
     message: AnswerMessage,
-    logprobs: Option<()>,
+    logprobs: Option<LogprobsBody>,
     finish_reason: &'static str,
 }
 
@@ -152,6 +153,7 @@ async fn answer(
         return Err(ApiError::unavailable("draining", "This node is shutting down.", None));
     }
     let wanted = parsed.model.clone();
+    let wants_logprobs = parsed.sampling.logprobs.is_some();
     let request = ChatRequest {
         request_id: context.request_id,
         trace: context.trace,
@@ -177,24 +179,36 @@ async fn answer(
     if parsed.stream {
         return Ok(Begun::Stream { head, include_usage: parsed.include_usage, reply, node });
     }
-    let mut response = ok(collect(head, &mut reply, log).await?);
+    let mut response = ok(collect(head, &mut reply, wants_logprobs, log).await?);
     insert(&mut response, NODE, &node);
     Ok(Begun::Whole(response))
 }
 
 /// Waits for the whole answer.
-async fn collect(head: Head, reply: &mut Reply, log: &mut RequestLog) -> Result<Completion, ApiError> {
+async fn collect(
+    head: Head,
+    reply: &mut Reply,
+    wants_logprobs: bool,
+    log: &mut RequestLog,
+) -> Result<Completion, ApiError> {
     let mut text = Vec::new();
+    let mut logprobs: Option<Vec<Logprobs>> = wants_logprobs.then(Vec::new);
     loop {
         let answer = reply.answers.recv().await.unwrap_or_else(stream::broken_off);
         log.note(&answer);
         match answer {
-            Answer::Token(token) => text.extend_from_slice(&token.text),
+            Answer::Token(token) => {
+                text.extend_from_slice(&token.text);
+                if let Some(logprobs) = &mut logprobs {
+                    logprobs.extend(token.logprobs);
+                }
+            }
             Answer::Finished(Finished { reason, usage }) => {
                 let content = String::from_utf8(text)
                     .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
                 let message = AnswerMessage { role: "assistant", content, refusal: None };
-                let choice = Choice { index: 0, message, logprobs: None, finish_reason: finish_reason(reason) };
+                let logprobs = logprobs.map(|all| LogprobsBody::new(&all));
+                let choice = Choice { index: 0, message, logprobs, finish_reason: finish_reason(reason) };
                 let Head { id, created, model } = head;
                 let usage = usage.into();
                 return Ok(Completion { id, object: "chat.completion", created, model, choices: [choice], usage });
@@ -281,13 +295,16 @@ mod tests {
         let mut reply = Reply { node: "tower".into(), model: "m".into(), accepted, answers };
         // A character that two tokens share stays one character.
         for text in [&b"h"[..], b"\xc3", b"\xa9"] {
-            sender.send(Answer::Token(Token { position: 0, id: 1, text: text.to_vec() })).await.unwrap();
+            sender
+                .send(Answer::Token(Token { position: 0, id: 1, text: text.to_vec(), logprobs: None }))
+                .await
+                .unwrap();
         }
         let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 3 };
         sender.send(Answer::Finished(Finished { reason: FinishReason::Stop, usage })).await.unwrap();
         let head = Head { id: "chatcmpl-1".into(), created: 5, model: "m".into() };
         let mut log = RequestLog::new(Span::none(), false);
-        let body = serde_json::to_string(&collect(head, &mut reply, &mut log).await.unwrap()).unwrap();
+        let body = serde_json::to_string(&collect(head, &mut reply, false, &mut log).await.unwrap()).unwrap();
         assert_eq!(
             body,
             r#"{"id":"chatcmpl-1","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"hé","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":3,"total_tokens":6,"prompt_tokens_details":{"cached_tokens":1}}}"#

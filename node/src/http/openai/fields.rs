@@ -79,6 +79,20 @@ impl Fields {
         }
     }
 
+    /// Takes a whole number of at least `least`, which is 0 or −1; −1 becomes `u32::MAX`, and so does what exceeds it.
+    pub fn whole(&mut self, name: &str, least: i64) -> Result<Option<u32>, ApiError> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        let path = self.path_of(name);
+        match (value.as_u64(), value.as_i64()) {
+            (Some(number), _) => Ok(Some(u32::try_from(number).unwrap_or(u32::MAX))),
+            (None, Some(number)) if number >= least => Ok(Some(u32::MAX)),
+            (None, Some(number)) => {
+                Err(ApiError::invalid(path.clone(), format!("`{path}` is {number}: it must be at least {least}.")))
+            }
+            (None, None) => Err(wrong_type(path, "a whole number", &value)),
+        }
+    }
+
     /// What nobody took and what is not null.
     pub fn rest(self) -> Map<String, Value> {
         self.members.into_iter().filter(|(_, value)| !value.is_null()).collect()

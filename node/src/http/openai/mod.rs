@@ -4,8 +4,10 @@ pub mod chat_completions;
 mod error;
 mod fields;
 mod json;
+mod logprobs;
 pub mod models;
 mod request;
+mod sampling;
 mod stream;
 
 pub use error::{ApiError, ok};

@@ -1,19 +1,16 @@
 //! The body of a chat completion request. What we have no field for is neither taken and ignored nor refused here:
 //! it travels to the engine as `extra`, and the engine honours it or refuses it by name.
 
-use ingle_actors::gateway::{DEFAULT_TEMPERATURE, DEFAULT_TOP_P};
 use ingle_actors::protocol::wire::v1::{EXTRA_LIMIT, Message, Role, Sampling};
 use serde_json::{Map, Value, json};
 
 use super::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::json;
+use super::sampling::sampling;
 
 /// The longest name of a model, in bytes.
 const LONGEST_NAME: usize = 256;
-
-/// The most stop texts.
-const MOST_STOPS: usize = 4;
 
 /// A chat completion request, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,13 +44,7 @@ pub fn parse(body: &[u8], random_seed: u64) -> Result<CompletionRequest, ApiErro
         return Err(ApiError::invalid("model", format!("`model` is longer than {LONGEST_NAME} bytes.")));
     }
     let messages = messages(&mut fields)?;
-    let sampling = Sampling {
-        temperature: fields.number("temperature", 0.0..=2.0)?.map_or(DEFAULT_TEMPERATURE, |value| value as f32),
-        top_p: fields.number("top_p", 0.0..=1.0)?.map_or(DEFAULT_TOP_P, |value| value as f32),
-        seed: seed(&mut fields)?.unwrap_or(random_seed),
-        max_tokens: max_tokens(&mut fields)?,
-        stop: stop(&mut fields)?,
-    };
+    let sampling = sampling(&mut fields, random_seed)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
     let include_usage = include_usage(&mut fields, stream)?;
     // Who asks changes nothing about the answer: it is for logs only. So are hints for somebody else's cache.
@@ -147,47 +138,6 @@ fn refuse_rest(fields: Fields) -> Result<(), ApiError> {
     }
 }
 
-/// `max_completion_tokens` or its older name.
-fn max_tokens(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
-    let old = fields.count("max_tokens")?;
-    let new = fields.count("max_completion_tokens")?;
-    match (old, new) {
-        (Some(old), Some(new)) if old != new => Err(ApiError::invalid(
-            "max_tokens",
-            format!("`max_tokens` is {old} and `max_completion_tokens` is {new}: write one of the two."),
-        )),
-        (old, new) => Ok(new.or(old)),
-    }
-}
-
-fn seed(fields: &mut Fields) -> Result<Option<u64>, ApiError> {
-    let Some(value) = fields.take("seed") else { return Ok(None) };
-    // Negative seeds are seeds like all others: two's complement keeps them apart.
-    let seed = value.as_i64().map(|seed| seed as u64).or(value.as_u64());
-    seed.map(Some).ok_or_else(|| wrong_type("seed", "a whole number of 64 bits", &value))
-}
-
-fn stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
-    let items = match fields.take("stop") {
-        None => return Ok(vec![]),
-        Some(Value::Array(items)) => items,
-        Some(Value::String(text)) if text.is_empty() => {
-            return Err(ApiError::invalid("stop", "`stop` is empty: every answer would end before it begins."));
-        }
-        Some(Value::String(text)) => return Ok(vec![text]),
-        Some(other) => return Err(wrong_type("stop", "a string or an array of strings", &other)),
-    };
-    if items.len() > MOST_STOPS {
-        let message = format!("`stop` has {} texts: at most {MOST_STOPS} are possible.", items.len());
-        return Err(ApiError::invalid("stop", message));
-    }
-    let text = |(index, item)| match item {
-        Value::String(text) if !text.is_empty() => Ok(text),
-        other => Err(wrong_type(format!("stop[{index}]"), "a string that is not empty", &other)),
-    };
-    items.into_iter().enumerate().map(text).collect()
-}
-
 fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
     let Some(value) = fields.take("stream_options") else { return Ok(false) };
     if !stream {
@@ -208,11 +158,6 @@ fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
 fn without_no_ops(mut members: Map<String, Value>) -> Map<String, Value> {
     let table = [
         ("n", json!([1])),
-        ("presence_penalty", json!([0])),
-        ("frequency_penalty", json!([0])),
-        ("logit_bias", json!([{}])),
-        ("logprobs", json!([false])),
-        ("top_logprobs", json!([0])),
         ("tools", json!([[]])),
         ("functions", json!([[]])),
         ("response_format", json!([{"type": "text"}])),

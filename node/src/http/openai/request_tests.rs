@@ -1,3 +1,6 @@
+use ingle_actors::gateway::{DEFAULT_TEMPERATURE, DEFAULT_TOP_P};
+use ingle_actors::protocol::wire::v1::LogitBias;
+
 use super::*;
 
 fn parsed(body: Value) -> CompletionRequest {
@@ -18,9 +21,8 @@ fn a_bare_request_gets_the_usual_values() {
     let request = parsed(with(json!({})));
     assert_eq!(request.model, "");
     assert_eq!(request.messages, [Message { role: Role::User, content: "hi".into(), extra: vec![] }]);
-    let sampling =
-        Sampling { temperature: DEFAULT_TEMPERATURE, top_p: DEFAULT_TOP_P, seed: 7, max_tokens: None, stop: vec![] };
-    assert_eq!(request.sampling, sampling);
+    let (temperature, top_p) = (DEFAULT_TEMPERATURE, DEFAULT_TOP_P);
+    assert_eq!(request.sampling, Sampling { temperature, top_p, seed: 7, ..Sampling::default() });
     assert!(!request.stream && !request.include_usage && request.extra.is_empty() && request.user.is_none());
 }
 
@@ -29,13 +31,27 @@ fn every_field_is_taken() {
     let request = parsed(with(json!({
         "model": "m", "temperature": 0, "top_p": 0.5, "seed": -1, "max_tokens": 5, "max_completion_tokens": 5,
         "stop": ["a", "b"], "stream": true, "stream_options": {"include_usage": true}, "user": "u",
+        "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "repeat_last_n": 32, "presence_penalty": 0.5,
+        "frequency_penalty": -0.5, "logit_bias": {"7": -100, "8": 1.5}, "min_tokens": 2, "stop_token_ids": [1, 2],
+        "ignore_eos": true, "logprobs": true, "top_logprobs": 3,
     })));
     let sampling = Sampling {
         temperature: 0.0,
+        top_k: 40,
         top_p: 0.5,
+        min_p: 0.05,
+        repetition_penalty: 1.1,
+        repetition_window: 32,
+        presence_penalty: 0.5,
+        frequency_penalty: -0.5,
+        logit_bias: vec![LogitBias { token: 7, bias: -100.0 }, LogitBias { token: 8, bias: 1.5 }],
         seed: u64::MAX,
         max_tokens: Some(5),
+        min_tokens: 2,
         stop: vec!["a".into(), "b".into()],
+        stop_token_ids: vec![1, 2],
+        ignore_eos: true,
+        logprobs: Some(3),
     };
     assert_eq!(request.sampling, sampling);
     assert!(request.stream && request.include_usage && request.extra.is_empty());
@@ -43,6 +59,29 @@ fn every_field_is_taken() {
     assert_eq!(parsed(with(json!({"stop": "x"}))).sampling.stop, ["x"]);
     assert_eq!(parsed(with(json!({"max_completion_tokens": 1u64 << 40}))).sampling.max_tokens, Some(u32::MAX));
     assert_eq!(parsed(with(json!({"seed": u64::MAX}))).sampling.seed, u64::MAX);
+}
+
+#[test]
+fn names_mean_what_they_mean_where_they_come_from() {
+    let repetition = |members: Value| {
+        let sampling = parsed(with(members)).sampling;
+        (sampling.repetition_penalty, sampling.repetition_window)
+    };
+    assert_eq!(repetition(json!({"repetition_penalty": 1.5})), (1.5, u32::MAX));
+    assert_eq!(repetition(json!({"repeat_penalty": 1.5})), (1.5, 64));
+    assert_eq!(repetition(json!({"repeat_penalty": 1.5, "repetition_penalty": 1.5})), (1.5, u32::MAX));
+    assert_eq!(repetition(json!({"repeat_penalty": 1.5, "repeat_last_n": -1})), (1.5, u32::MAX));
+    assert_eq!(repetition(json!({"repetition_penalty": 1.5, "repeat_last_n": 0})), (1.5, 0));
+    for off in [-1, 0] {
+        assert_eq!(parsed(with(json!({"top_k": off}))).sampling.top_k, 0);
+    }
+    for (members, expected) in [
+        (json!({"logprobs": true}), Some(0)),
+        (json!({"logprobs": true, "top_logprobs": 20}), Some(20)),
+        (json!({"logprobs": false, "top_logprobs": 0}), None),
+    ] {
+        assert_eq!(parsed(with(members)).sampling.logprobs, expected);
+    }
 }
 
 #[test]
@@ -75,9 +114,7 @@ fn fields_that_say_nothing_are_dropped_and_all_others_travel() {
     assert_eq!(quiet.user.as_deref(), Some("s"));
     for (name, value) in [
         ("n", json!(2)),
-        ("logprobs", json!(true)),
-        ("top_k", json!(5)),
-        ("presence_penalty", json!(0.1)),
+        ("grammar", json!("root ::= x")),
         ("response_format", json!({"type": "json_object"})),
         ("parallel_tool_calls", json!("yes")),
         ("tool_choice", json!("required")),
@@ -94,6 +131,7 @@ fn fields_that_say_nothing_are_dropped_and_all_others_travel() {
 fn wrong_requests_are_refused_with_the_path_of_the_trouble() {
     let part = |part: Value| json!({"messages": [{"role": "user", "content": [part]}]});
     let message = |message: Value| json!({"messages": [{"role": "user", "content": "x"}, message]});
+    let many_biases: Map<String, Value> = (0..=1024).map(|id| (id.to_string(), json!(1))).collect();
     for (body, param, expected) in [
         (json!({}), "messages", "missing"),
         (json!({"messages": []}), "messages", "empty"),
@@ -134,6 +172,31 @@ fn wrong_requests_are_refused_with_the_path_of_the_trouble() {
         ),
         (with(json!({"stream": true, "stream_options": {"x": 1}})), "stream_options.x", "not supported"),
         (with(json!({"user": 5})), "user", "a string"),
+        (with(json!({"top_k": -2})), "top_k", "at least -1"),
+        (with(json!({"top_k": 1.5})), "top_k", "a whole number"),
+        (with(json!({"min_p": 1.1})), "min_p", "between 0 and 1"),
+        (with(json!({"repetition_penalty": 0})), "repetition_penalty", "between 0.01 and 100"),
+        (with(json!({"repeat_penalty": -1})), "repeat_penalty", "between 0.01 and 100"),
+        (with(json!({"repeat_penalty": 1.1, "repetition_penalty": 1.2})), "repetition_penalty", "one of the two"),
+        (with(json!({"repeat_last_n": -2})), "repeat_last_n", "at least -1"),
+        (with(json!({"presence_penalty": 2.1})), "presence_penalty", "between -2 and 2"),
+        (with(json!({"frequency_penalty": "x"})), "frequency_penalty", "a number"),
+        (with(json!({"logit_bias": [1]})), "logit_bias", "an object"),
+        (with(json!({"logit_bias": {"x": 1}})), "logit_bias", "the key `x`"),
+        (with(json!({"logit_bias": {"07": 1}})), "logit_bias", "the key `07`"),
+        (with(json!({"logit_bias": {"7": 101}})), "logit_bias.7", "between -100 and 100"),
+        (with(json!({"logit_bias": {"7": "1"}})), "logit_bias.7", "a number"),
+        (with(json!({"logit_bias": many_biases})), "logit_bias", "at most 1024"),
+        (with(json!({"stop_token_ids": 7})), "stop_token_ids", "an array"),
+        (with(json!({"stop_token_ids": [7, -1]})), "stop_token_ids[1]", "a whole number"),
+        (with(json!({"stop_token_ids": vec![7; 65]})), "stop_token_ids", "at most 64"),
+        (with(json!({"ignore_eos": 1})), "ignore_eos", "a boolean"),
+        (with(json!({"min_tokens": -1})), "min_tokens", "at least 0"),
+        (with(json!({"min_tokens": 5, "max_tokens": 4})), "min_tokens", "more than `max_tokens`"),
+        (with(json!({"logprobs": 5})), "logprobs", "a boolean"),
+        (with(json!({"top_logprobs": 5})), "top_logprobs", "needs `logprobs`"),
+        (with(json!({"logprobs": true, "top_logprobs": 21})), "top_logprobs", "between 0 and 20"),
+        (with(json!({"logprobs": true, "top_logprobs": 300})), "top_logprobs", "between 0 and 20"),
         (with(json!({"grammar": "x".repeat(EXTRA_LIMIT)})), "grammar", "longer than 256 KiB"),
     ] {
         let error = parse(body.to_string().as_bytes(), 7).unwrap_err();

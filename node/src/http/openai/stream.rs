@@ -8,12 +8,13 @@ use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use ingle_actors::protocol::wire::Answer;
-use ingle_actors::protocol::wire::v1::{Failed, FailureKind, Usage};
+use ingle_actors::protocol::wire::v1::{Failed, FailureKind, Logprobs, Usage};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::ApiError;
 use super::chat_completions::{Head, RequestLog, UsageBody, finish_reason};
+use super::logprobs::LogprobsBody;
 
 /// So much silence, and a comment shows proxies and clients that the connection lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -36,7 +37,7 @@ struct Chunk<'a> {
 struct Choice<'a> {
     index: u32,
     delta: Delta<'a>,
-    logprobs: Option<()>,
+    logprobs: Option<LogprobsBody>,
     finish_reason: Option<&'static str>,
 }
 
@@ -64,7 +65,7 @@ impl EventWriter {
 
     /// The first event: who speaks.
     pub fn begin(&self, out: &mut Vec<u8>) {
-        self.chunk(out, Delta { role: Some("assistant"), content: Some("") }, None);
+        self.chunk(out, Delta { role: Some("assistant"), content: Some("") }, None, None);
     }
 
     /// The event for a frame, if it has one. Nothing is written after the last frame.
@@ -74,13 +75,14 @@ impl EventWriter {
         }
         self.ended = answer.is_last();
         match answer {
-            Answer::Token(token) if token.text.is_empty() => {}
+            // A token whose text is held back still says how likely it was.
+            Answer::Token(token) if token.text.is_empty() && token.logprobs.is_none() => {}
             Answer::Token(token) => {
                 let text = String::from_utf8_lossy(&token.text);
-                self.chunk(out, Delta { role: None, content: Some(&text) }, None);
+                self.chunk(out, Delta { role: None, content: Some(&text) }, token.logprobs.as_ref(), None);
             }
             Answer::Finished(finished) => {
-                self.chunk(out, Delta::default(), Some(finish_reason(finished.reason)));
+                self.chunk(out, Delta::default(), None, Some(finish_reason(finished.reason)));
                 if self.include_usage {
                     self.event(out, &[], Some(finished.usage));
                 }
@@ -93,8 +95,15 @@ impl EventWriter {
         }
     }
 
-    fn chunk(&self, out: &mut Vec<u8>, delta: Delta<'_>, finish_reason: Option<&'static str>) {
-        self.event(out, &[Choice { index: 0, delta, logprobs: None, finish_reason }], None);
+    fn chunk(
+        &self,
+        out: &mut Vec<u8>,
+        delta: Delta<'_>,
+        logprobs: Option<&Logprobs>,
+        finish_reason: Option<&'static str>,
+    ) {
+        let logprobs = logprobs.map(|token| LogprobsBody::new(std::slice::from_ref(token)));
+        self.event(out, &[Choice { index: 0, delta, logprobs, finish_reason }], None);
     }
 
     fn event(&self, out: &mut Vec<u8>, choices: &[Choice<'_>], usage: Option<Usage>) {
@@ -195,7 +204,7 @@ pub fn respond(head: Head, include_usage: bool, answers: mpsc::Receiver<Answer>,
 
 #[cfg(test)]
 mod tests {
-    use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Token};
+    use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Logprob, Token};
 
     use super::*;
 
@@ -204,7 +213,7 @@ mod tests {
     }
 
     fn token(position: u32, text: &str) -> Answer {
-        Answer::Token(Token { position, id: 1, text: text.as_bytes().to_vec() })
+        Answer::Token(Token { position, id: 1, text: text.as_bytes().to_vec(), logprobs: None })
     }
 
     fn finished() -> Answer {
@@ -250,6 +259,22 @@ mod tests {
         let usage = ",\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2,\"total_tokens\":5,\
                      \"prompt_tokens_details\":{\"cached_tokens\":1}}";
         assert_eq!(written(true, &answers), events(",\"usage\":null") + &chunk("", usage) + "data: [DONE]\n\n");
+    }
+
+    #[test]
+    fn logprobs_come_with_their_token_also_where_its_text_is_held_back() {
+        let logprob = |id, logprob, bytes: &[u8]| Logprob { id, logprob, bytes: bytes.to_vec() };
+        let chosen = logprob(7, -0.5, b"\xc3");
+        let top = vec![chosen.clone(), logprob(8, -9_999.0, b"")];
+        let half = Token { position: 0, id: 7, text: vec![], logprobs: Some(Logprobs { chosen, top }) };
+        let text = written(false, &[Answer::Token(half), token(1, "é"), finished()]);
+        let events: Vec<&str> = text.split("\n\n").collect();
+        assert!(events[1].ends_with(
+            "{\"index\":0,\"delta\":{\"content\":\"\"},\"logprobs\":{\"content\":[{\"token\":\"\u{fffd}\",\
+             \"logprob\":-0.5,\"bytes\":[195],\"top_logprobs\":[{\"token\":\"\u{fffd}\",\"logprob\":-0.5,\"bytes\":[195]},\
+             {\"token\":\"\",\"logprob\":-9999.0,\"bytes\":[]}]}],\"refusal\":null},\"finish_reason\":null}]}"
+        ), "{}", events[1]);
+        assert!(events[2].contains("\"content\":\"é\"},\"logprobs\":null"), "{}", events[2]);
     }
 
     #[test]

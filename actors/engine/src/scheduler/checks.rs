@@ -1,0 +1,108 @@
+//! Whether a request asks for what this engine can do. The dialects check most of it as well; an engine believes none
+//! of them.
+
+use ingle_protocol::wire::v1::{
+    LOGIT_BIAS_LIMIT, RefusalKind, Refused, Request, STOP_TOKENS_LIMIT, Sampling, TOP_LOGPROBS_LIMIT,
+};
+
+/// The most stop texts of a request.
+const MAX_STOPS: usize = 16;
+/// The most bytes of one.
+const MAX_STOP_BYTES: usize = 1024;
+
+/// Refuses impossible values. Token ids are below `vocabulary`.
+pub(super) fn check_sampling(sampling: &Sampling, vocabulary: u32) -> Result<(), Refused> {
+    check_numbers(sampling)?;
+    let Sampling { max_tokens, min_tokens, stop, stop_token_ids, logit_bias, logprobs, .. } = sampling;
+    if *max_tokens == Some(0) {
+        return Err(invalid("max_tokens", "it is 0, but must be at least 1"));
+    }
+    if let Some(most) = max_tokens.filter(|most| most < min_tokens) {
+        return Err(invalid("min_tokens", &format!("it is {min_tokens}, but max_tokens is {most}")));
+    }
+    if stop.len() > MAX_STOPS {
+        return Err(invalid("stop", &format!("there are {} stop texts, at most {MAX_STOPS} are possible", stop.len())));
+    }
+    if stop.iter().any(|text| text.is_empty() || text.len() > MAX_STOP_BYTES) {
+        return Err(invalid("stop", &format!("a stop text must have 1 to {MAX_STOP_BYTES} bytes")));
+    }
+    let biased: Vec<u32> = logit_bias.iter().map(|entry| entry.token).collect();
+    for (field, ids, most) in
+        [("stop_token_ids", stop_token_ids, STOP_TOKENS_LIMIT), ("logit_bias", &biased, LOGIT_BIAS_LIMIT)]
+    {
+        if ids.len() > most {
+            return Err(invalid(field, &format!("there are {} tokens, at most {most} are possible", ids.len())));
+        }
+        if let Some(id) = ids.iter().find(|id| **id >= vocabulary) {
+            let message = format!("token {id} does not exist: the model's tokens are 0 to {}", vocabulary - 1);
+            return Err(invalid(field, &message));
+        }
+    }
+    if logprobs.is_some_and(|top| top > TOP_LOGPROBS_LIMIT) {
+        return Err(invalid("top_logprobs", &format!("it must be from 0 to {TOP_LOGPROBS_LIMIT}")));
+    }
+    Ok(())
+}
+
+fn check_numbers(sampling: &Sampling) -> Result<(), Refused> {
+    let bias = sampling.logit_bias.iter().map(|entry| entry.bias).find(|bias| !(-100.0..=100.0).contains(bias));
+    for (field, value, [least, most]) in [
+        ("temperature", sampling.temperature, [0.0, 2.0]),
+        ("top_p", sampling.top_p, [0.0, 1.0]),
+        ("min_p", sampling.min_p, [0.0, 1.0]),
+        ("repetition_penalty", sampling.repetition_penalty, [0.01, 100.0]),
+        ("presence_penalty", sampling.presence_penalty, [-2.0, 2.0]),
+        ("frequency_penalty", sampling.frequency_penalty, [-2.0, 2.0]),
+        ("logit_bias", bias.unwrap_or(0.0), [-100.0, 100.0]),
+    ] {
+        // Also false for what is no number.
+        if !(least..=most).contains(&value) {
+            return Err(invalid(field, &format!("it is {value}, but must be from {least} to {most}")));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses every member that this engine would have to ignore, by name.
+pub(super) fn check_extra(request: &Request) -> Result<(), Refused> {
+    check_members(&request.extra, "", "extra")?;
+    for (index, message) in request.messages.iter().enumerate() {
+        check_members(&message.extra, &format!("messages[{index}]."), &format!("messages[{index}]"))?;
+    }
+    Ok(())
+}
+
+fn check_members(json: &[u8], prefix: &str, whole: &str) -> Result<(), Refused> {
+    if json.is_empty() {
+        return Ok(());
+    }
+    let members: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(json).map_err(|why| invalid(whole, &format!("not a JSON object: {why}")))?;
+    match members.iter().find(|(name, value)| !(value.is_null() || prefix.is_empty() && is_usual(name, value))) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let param = format!("{prefix}{name}");
+            let message = format!("'{param}' is not supported by this model's engine");
+            Err(refuse(RefusalKind::UnsupportedField, Some(&param), message))
+        }
+    }
+}
+
+/// The member asks for what happens anyway (some client libraries always send these).
+fn is_usual(name: &str, value: &serde_json::Value) -> bool {
+    match name {
+        "n" => value.as_f64() == Some(1.0),
+        "response_format" => *value == serde_json::json!({ "type": "text" }),
+        _ => false,
+    }
+}
+
+/// A field with an impossible value.
+pub(super) fn invalid(param: &str, message: &str) -> Refused {
+    refuse(RefusalKind::InvalidField, Some(param), format!("Invalid '{param}': {message}"))
+}
+
+/// Any refusal.
+pub(super) fn refuse(kind: RefusalKind, param: Option<&str>, message: String) -> Refused {
+    Refused { kind, message, param: param.map(ToString::to_string), retry_after_ms: None }
+}
