@@ -201,9 +201,12 @@ pub struct Engine {
     /// SHA-256 of the file
     #[arg(long, default_value = "")]
     pub digest: String,
-    /// Sequences to decode together
-    #[arg(long, default_value_t = 4)]
-    pub slots: u32,
+    /// Where packed weights are kept
+    #[arg(long)]
+    pub packed: Option<PathBuf>,
+    /// What is set for the model, as JSON
+    #[arg(long, default_value = "{}")]
+    pub parameters: String,
     /// auto, cpu or gpu
     #[arg(long, default_value = "auto")]
     pub device: DeviceKind,

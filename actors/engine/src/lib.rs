@@ -42,6 +42,6 @@ pub use sampler::{BitMask, TokenMask};
 pub use snapshot::EngineSnapshot;
 pub use kernels::{InstructionSet, KvType};
 pub use spec::{
-    DEFAULT_QUEUE, DEFAULT_READER_DEADLINE, DEFAULT_SLOTS, DeviceChoice, EngineSpec, ModelOptions, ModelSource, PackedCache,
+    DEFAULT_PACKED_LIMIT, DEFAULT_QUEUE, DEFAULT_READER_DEADLINE, DEFAULT_SLOTS, DeviceChoice, EngineSpec, ModelOptions, ModelSource, PackedCache,
 };
 pub use step_engine::{Capabilities, Logits, StepEngine, StepEntry};

@@ -1,5 +1,6 @@
 //! Continuous batching. One thread drives the [`StepEngine`]: each step takes one token of every running sequence
-//! and one chunk of one prompt, so that neither new prompts nor running answers starve.
+//! and chunks of prompts ([`batch`]), so that neither new prompts nor running answers starve. Memory for keys and
+//! values is handed out in [`blocks`]; what others computed of a prompt is not computed again.
 //!
 //! Bounds: at most `slots` sequences run and at most `queue` wait (one more is refused as busy); each answer's
 //! channel is bounded by whoever made it. A full channel pauses its sequence alone; a closed one frees the slot
@@ -17,9 +18,11 @@ use crate::device::{self, Loaded};
 use crate::sampler::Sampler;
 use crate::snapshot::Shared;
 use crate::text::Codec;
-use crate::{EngineError, EngineSpec, StepEngine, StepEntry};
+use crate::{EngineError, EngineSpec, StepEngine};
 
 mod checks;
+mod batch;
+mod blocks;
 mod heartbeat;
 mod intake;
 mod output;
@@ -29,6 +32,8 @@ mod warm_up;
 #[cfg(test)]
 mod tests;
 
+use batch::Batch;
+use blocks::BlockPool;
 pub(crate) use intake::{Place, Submission};
 pub(crate) use output::LastWord;
 use output::{Flushed, Lingering};
@@ -80,6 +85,8 @@ pub(crate) fn run(
             facts.state = ModelState::Ready;
         }
     });
+    let capabilities = engine.capabilities();
+    let pool = BlockPool::new(capabilities.blocks, capabilities.block_tokens);
     let mut scheduler = Scheduler {
         spec,
         shared: Arc::clone(shared),
@@ -90,6 +97,8 @@ pub(crate) fn run(
         waiting: Vec::new(),
         running: Vec::new(),
         free: Vec::new(),
+        pool,
+        starved: false,
         lingering: Vec::new(),
     };
     scheduler.free = (0..scheduler.engine.capabilities().slots).rev().collect();
@@ -136,15 +145,14 @@ struct Scheduler {
     waiting: Vec<Sequence>,
     /// At most as many as there are slots.
     running: Vec<Sequence>,
+    /// Slots.
     free: Vec<u32>,
+    /// Memory for keys and values.
+    pool: BlockPool,
+    /// Who waits next does not fit into memory as it is.
+    starved: bool,
     /// Ended, but the reader has not taken everything; each is bounded by the reader's deadline.
     lingering: Vec<Lingering>,
-}
-
-/// The longest chunk beside running answers: they should not wait for more than half a second, however slow the
-/// machine. `prefill_rate` in tokens a second, 0 where it is not known.
-fn gentle_chunk(prefill_rate: f32, chunk_size: usize) -> usize {
-    if prefill_rate > 0.0 { ((prefill_rate / 2.0) as usize).clamp(8.min(chunk_size), chunk_size) } else { chunk_size }
 }
 
 impl Scheduler {
@@ -163,8 +171,8 @@ impl Scheduler {
 
     /// Takes what has come in. Waits only where there is nothing to compute.
     fn receive(&mut self) {
-        // Somebody waits and a slot is free, or somebody has a slot and a reader: else there is nothing to do but wait.
-        let admissible = !self.waiting.is_empty() && !self.free.is_empty();
+        // Somebody waits, and a slot and memory are free, or somebody has a slot and a reader: else there is nothing to do but wait.
+        let admissible = !self.waiting.is_empty() && !self.free.is_empty() && !self.starved;
         let computable = self.running.iter().any(Sequence::is_computable) || admissible;
         if !computable && !self.shared.stopped() {
             let idle = self.running.is_empty() && self.lingering.is_empty();
@@ -223,16 +231,26 @@ impl Scheduler {
         }
     }
 
-    /// Gives free slots to those who wait: the highest priority first, then the first come.
+    /// Gives free slots and blocks to those who wait: the highest priority first, then the first come.
     fn admit(&mut self, now: Instant) {
-        while !self.waiting.is_empty() {
-            let Some(slot) = self.free.pop() else { break };
+        self.starved = false;
+        while !self.waiting.is_empty() && !self.free.is_empty() {
             let priorities = self.waiting.iter().enumerate().rev();
             let Some((first, _)) = priorities.max_by_key(|(_, sequence)| sequence.priority) else { break };
+            let tokens = &self.waiting[first].tokens;
+            let mut table = self.pool.find(tokens);
+            // Room for the whole prompt and a token: what is admitted gets to its first token.
+            if !self.pool.is_empty() && !self.pool.extend(&mut table, tokens.len() + 1) {
+                self.pool.release(&mut table);
+                self.starved = true;
+                break;
+            }
+            let Some(slot) = self.free.pop() else { break };
             let mut sequence = self.waiting.remove(first);
+            sequence.computed = if self.pool.is_empty() { 0 } else { table.findable() * self.pool.size() };
+            sequence.table = table;
             sequence.admit(slot, now);
-            // Slots and blocks are the engine's own numbers, so this cannot fail.
-            let _ = self.engine.assign_share(slot);
+            self.assign(&sequence);
             // Behind the prompts that have begun, or a stream of short ones would keep a long one from its end.
             sequence.last_chunk = self.shared.step.load(Ordering::Relaxed);
             self.running.push(sequence);
@@ -245,63 +263,89 @@ impl Scheduler {
         self.shared.running.store(self.running.len() as u32, Ordering::Relaxed);
     }
 
-    /// One token of each sequence that has its prompt behind it, and one chunk of one prompt.
-    fn step(&mut self) -> Result<(), EngineError> {
-        let chunk_size = self.engine.capabilities().chunk.max(1) as usize;
-        let decodes = self.running.iter().any(|sequence| sequence.is_computable() && sequence.left() == 1);
-        let chunk_limit = if decodes { gentle_chunk(self.shared.prefill_rate(), chunk_size) } else { chunk_size };
-        let computable = |sequence: &&Sequence| sequence.is_computable();
-        let prefill = self.running.iter().filter(computable).filter(|sequence| sequence.left() > 1);
-        // Prompts take turns, so that a short one does not wait for a long one.
-        let prefill = prefill.min_by_key(|sequence| sequence.last_chunk).map(|sequence| sequence.slot);
-        let (mut entries, mut want, mut wanting, mut chunk) = (Vec::new(), Vec::new(), Vec::new(), 0);
-        for (index, sequence) in self.running.iter().enumerate().filter(|(_, sequence)| sequence.is_computable()) {
-            let tokens = if sequence.left() == 1 {
-                sequence.next_tokens(1)
-            } else if Some(sequence.slot) == prefill {
-                // Chunks end at multiples of their size, so that a prompt is always cut at the same places.
-                let tokens = sequence.next_tokens((chunk_size - sequence.computed % chunk_size).min(chunk_limit));
-                chunk = tokens.len();
-                tokens
-            } else {
+    /// Tells the engine where a sequence's memory is.
+    fn assign(&mut self, sequence: &Sequence) {
+        if !self.pool.is_empty() {
+            // Slots and blocks are the engine's own numbers, so this cannot fail.
+            let _ = self.engine.assign(sequence.slot, &sequence.table.blocks, sequence.computed as u32);
+        }
+    }
+
+    /// Makes room for the next token of every answer. Where blocks run out, the last come of the lowest priority
+    /// waits again; it keeps its tokens and loses nothing but time.
+    fn make_room(&mut self) {
+        if self.pool.is_empty() {
+            return;
+        }
+        let mut index = 0;
+        while index < self.running.len() {
+            let sequence = &mut self.running[index];
+            let blocks = sequence.table.blocks.len();
+            if self.pool.extend(&mut sequence.table, sequence.tokens.len()) {
+                if sequence.table.blocks.len() > blocks {
+                    let sequence = &self.running[index];
+                    let _ = self.engine.assign(sequence.slot, &sequence.table.blocks, sequence.computed as u32);
+                }
+                index += 1;
                 continue;
-            };
-            for (token, position) in tokens.iter().zip(sequence.computed as u32..) {
-                entries.push(StepEntry { token: *token, slot: sequence.slot, position });
             }
-            if tokens.len() == sequence.left() {
-                want.push(entries.len() - 1);
-                wanting.push(index);
+            let last = self.running.iter().enumerate().rev().min_by_key(|(_, sequence)| sequence.priority);
+            let Some((victim, _)) = last else { return };
+            let mut sequence = self.running.remove(victim);
+            tracing::debug!(tokens = sequence.tokens.len(), "a sequence waits for memory again");
+            self.engine.release(sequence.slot);
+            self.free.push(sequence.slot);
+            self.pool.release(&mut sequence.table);
+            (sequence.computed, sequence.has_slot) = (0, false);
+            // In front of those who came later.
+            self.waiting.insert(0, sequence);
+            if victim < index {
+                index -= 1;
             }
         }
-        if entries.is_empty() {
+    }
+
+    /// One token of each sequence that has its prompt behind it, and chunks of prompts.
+    fn step(&mut self) -> Result<(), EngineError> {
+        self.make_room();
+        let chunk = self.engine.capabilities().chunk.max(1) as usize;
+        let decodes = self.running.iter().any(|sequence| sequence.is_computable() && sequence.left() == 1);
+        let (prefill_rate, decode_rate) = (self.shared.prefill_rate(), self.shared.decode_rate());
+        let batch = Batch::of(&self.running, batch::prefill_budget(chunk, decodes, prefill_rate, decode_rate));
+        if batch.entries.is_empty() {
             return Ok(());
         }
         let started = Instant::now();
-        let logits = self.engine.step(&entries, &want)?;
+        let logits = self.engine.step(&batch.entries, &batch.want)?;
         let now = Instant::now();
         let step = self.shared.step.fetch_add(1, Ordering::Relaxed) + 1;
-        let (rows, seconds) = (want.len() as u32, now.duration_since(started).as_secs_f32());
-        if chunk == 0 {
+        let (rows, seconds) = (batch.want.len() as u32, now.duration_since(started).as_secs_f32());
+        if batch.prefilled == 0 {
             self.shared.observe_decode(1.0 / seconds);
-        } else if entries.len() == chunk && chunk * 2 >= chunk_size {
-            self.shared.observe_prefill(chunk as f32 / seconds);
+        } else if batch.entries.len() == batch.prefilled && batch.prefilled * 2 >= chunk {
+            self.shared.observe_prefill(batch.prefilled as f32 / seconds);
         }
         self.shared.count_tokens(now, rows);
-        for entry in &entries {
+        for entry in &batch.entries {
             // Slots are few: a linear search costs nothing beside the step.
             if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.slot == entry.slot) {
                 sequence.computed += 1;
                 sequence.last_chunk = step;
             }
         }
+        if !self.pool.is_empty() {
+            for sequence in &mut self.running {
+                self.pool.publish(&mut sequence.table, &sequence.tokens, sequence.computed);
+            }
+        }
         let mut ended = Vec::new();
-        for (row, index) in wanting.into_iter().enumerate() {
+        for (row, index) in batch.wanting.into_iter().enumerate() {
             let sequence = &mut self.running[index];
             if let Some(end) = sequence.advance(logits.row(row), &mut self.sampler, &*self.codec, now) {
                 ended.push((index, end));
             }
         }
+        ended.sort_by_key(|(index, _)| *index);
         for (index, end) in ended.into_iter().rev() {
             let sequence = self.running.remove(index);
             self.end(sequence, end);
@@ -310,10 +354,11 @@ impl Scheduler {
         Ok(())
     }
 
-    fn end(&mut self, sequence: Sequence, end: End) {
+    fn end(&mut self, mut sequence: Sequence, end: End) {
         if sequence.has_slot {
             self.engine.release(sequence.slot);
             self.free.push(sequence.slot);
+            self.pool.release(&mut sequence.table);
         }
         // Before the last frame goes out, so that whoever has it finds the slot free.
         self.shared.running.store(self.running.len() as u32, Ordering::Release);

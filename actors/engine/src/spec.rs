@@ -114,6 +114,8 @@ pub struct EngineSpec {
     pub digest: ModelDigest,
     /// What can be set for the model.
     pub options: ModelOptions,
+    /// Tokens of an answer at most, also where a request asks for more; `None`: up to the context's end.
+    pub max_tokens: Option<u32>,
     /// Which kind of device computes.
     pub device: DeviceChoice,
     /// How long a sequence stays paused for a reader that does not read, before it is given up.
@@ -129,6 +131,7 @@ impl EngineSpec {
             source,
             digest,
             options: ModelOptions::default(),
+            max_tokens: None,
             device: DeviceChoice::Auto,
             reader_deadline: DEFAULT_READER_DEADLINE,
             queue: DEFAULT_QUEUE,

@@ -16,7 +16,9 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use joining::{control_socket_path, join_offline, mint_token_offline, remembered_name};
-pub use options::{DeviceKind, JoinError, JoinOptions, Joined, MintedToken, ModelChoice, NodeOptions, StartError};
+pub use options::{
+    DeviceKind, JoinError, JoinOptions, Joined, KvKind, MintedToken, ModelChoice, ModelParameters, NodeOptions, StartError,
+};
 
 use crate::cluster::{self, Mesh, MeshOptions};
 use crate::gateway::{ChatRequest, Gateway, GatewayError, OfferedModel, Reply};
@@ -46,8 +48,6 @@ pub struct Node {
     _lock: FileLock,
 }
 
-/// Sequences that an engine of this node decodes together.
-const SLOTS: u32 = 4;
 /// How long answers that were cut off have to say so.
 const CUT_OFF_GRACE: Duration = Duration::from_millis(500);
 /// How long starting may take before it counts as stuck.
@@ -69,8 +69,9 @@ impl Node {
             let sockets = options.state_dir.join("run");
             let cache = options.model_cache.clone();
             let environment = options.engine_environment.clone();
+            let (device, parameters) = (options.device, options.parameters.clone());
             let worker_options =
-                WorkerOptions { choice, device: options.device, cache, sockets, index: 0, slots: SLOTS, environment };
+                WorkerOptions { choice, device, cache, sockets, index: 0, parameters, environment };
             let worker = ModelWorker::new(worker_options, workers.clone());
             workers.add(worker.clone());
             worker

@@ -41,7 +41,9 @@ impl ChildEngine {
         if let Some(model) = model {
             command.arg("--model").arg(model);
         }
-        command.args(["--digest", &digest.to_string(), "--slots", &options.slots.to_string()]);
+        command.args(["--digest", &digest.to_string()]);
+        command.arg("--packed").arg(options.cache.join("packed"));
+        command.args(["--parameters", &serde_json::to_string(&options.parameters)?]);
         command.args(["--device", options.device.as_str()]);
         command.envs(options.environment.iter().map(|(name, value)| (name, value)));
         // Ctrl-C in a terminal goes to the whole group: the node decides when its engines end.

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ingle_engine::{Engine, EngineSpec, ModelSource};
+use ingle_engine::{Engine, EngineSpec, ModelSource, PackedCache};
 use ingle_protocol::liveness::PULSE_INTERVAL;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::{EnginePulse, EngineReport, ModelState, Request};
@@ -23,11 +23,9 @@ use tracing::Instrument;
 
 use super::ANSWER_BUFFER;
 use crate::frames::{read_body, write_body, write_frame};
-use crate::node::DeviceKind;
+use crate::node::{DeviceKind, ModelParameters};
 use crate::platform::{LocalListener, LocalStream};
 
-/// Tokens of one sequence at most, where the model allows more: each of its slots can need memory for all of them.
-const LONGEST_CONTEXT: u32 = 8_192;
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the node tells its child on the command line.
@@ -39,8 +37,10 @@ pub struct EngineProcessOptions {
     pub model: Option<PathBuf>,
     /// SHA-256 of the file, as the node knows it.
     pub digest: String,
-    /// Sequences to decode together.
-    pub slots: u32,
+    /// Where packed weights are kept for all engines of the host.
+    pub packed: Option<PathBuf>,
+    /// What is set for the model, as JSON.
+    pub parameters: String,
     /// What it computes on.
     pub device: DeviceKind,
 }
@@ -73,8 +73,15 @@ async fn serve(options: EngineProcessOptions) -> Result<(), String> {
     let digest = options.digest.parse().map_err(|error| format!("the digest: {error}"))?;
     let source = options.model.map_or(ModelSource::Echo, ModelSource::Gguf);
     let mut spec = EngineSpec::new(source, digest);
-    spec.options.slots = options.slots.max(1);
-    spec.options.context_length = Some(LONGEST_CONTEXT);
+    let parameters: ModelParameters =
+        serde_json::from_str(&options.parameters).map_err(|error| format!("the parameters: {error}"))?;
+    let packed = options.packed.map(|folder| PackedCache {
+        folder,
+        digest: options.digest.clone(),
+        limit: ingle_engine::DEFAULT_PACKED_LIMIT,
+    });
+    spec.options = parameters.to_options(packed);
+    spec.max_tokens = parameters.max_tokens;
     spec.device = options.device.into();
     let listener = LocalListener::bind(&options.socket)
         .map_err(|error| format!("the socket {}: {error}", options.socket.display()))?;

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::child_engine::{self, ChildEngine};
 use super::{SILENCE_LIMIT, Worker, Workers, refused};
 use crate::models::{ModelStore, default_model};
-use crate::node::{DeviceKind, ModelChoice};
+use crate::node::{DeviceKind, ModelChoice, ModelParameters};
 use crate::supervisor::RestartBudget;
 
 /// What an echo engine is called.
@@ -38,8 +38,8 @@ pub struct WorkerOptions {
     pub sockets: PathBuf,
     /// Which of the node's engines.
     pub index: u16,
-    /// Sequences to decode together.
-    pub slots: u32,
+    /// What is set for the model.
+    pub parameters: ModelParameters,
     /// Environment variables for the engine process.
     pub environment: Vec<(String, String)>,
 }
@@ -266,7 +266,7 @@ impl Worker for ModelWorker {
             backend: report.map(|r| r.backend.clone()).unwrap_or_default(),
             numerics: report.map(|r| r.numerics.clone()).unwrap_or_default(),
             context_length: report.map_or(0, |r| r.context_length),
-            slots: report.map_or(self.options.slots, |r| r.slots),
+            slots: report.map_or(self.options.parameters.batch_size, |r| r.slots),
             features: report.map(|r| r.features.clone()).unwrap_or_default(),
             // The echo engine is for tests: nobody gets it without asking for it by name.
             is_default: !matches!(self.options.choice, ModelChoice::Echo),

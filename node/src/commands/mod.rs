@@ -51,8 +51,8 @@ fn run_engine(engine: Engine, environment: Layer) -> anyhow::Result<ExitCode> {
         filter: environment.log_filter.unwrap_or_else(|| DEFAULT_FILTER.into()),
         format: environment.log_format.unwrap_or(LogFormat::Text),
     })?;
-    let Engine { socket, model, digest, slots, device } = engine;
-    Ok(engine_process::run(EngineProcessOptions { socket, model, digest, slots, device }))
+    let Engine { socket, model, digest, packed, parameters, device } = engine;
+    Ok(engine_process::run(EngineProcessOptions { socket, model, digest, packed, parameters, device }))
 }
 
 fn many_threads() -> std::io::Result<tokio::runtime::Runtime> {

@@ -111,6 +111,7 @@ fn node_options(settings: &Settings, http: SocketAddr, quic: SocketAddr) -> Node
         peers: settings.peers.clone(),
         model: settings.model.clone(),
         device: settings.device,
+        parameters: settings.parameters.clone(),
         model_cache: settings.model_cache.clone(),
         engine_environment: settings.log.environment(),
     }

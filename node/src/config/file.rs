@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ingle_actors::node::DeviceKind;
+use ingle_actors::node::{DeviceKind, ModelParameters};
 use serde::Deserialize;
 
 use crate::logging::{DEFAULT_FILTER, LogFormat};
@@ -110,11 +110,13 @@ pub struct ModelPart {
     pub device: DeviceKind,
     /// Where model files are kept; `ingle/models` in the user's cache folder where missing.
     pub cache: Option<PathBuf>,
+    /// What is set for the model.
+    pub parameters: ModelParameters,
 }
 
 impl Default for ModelPart {
     fn default() -> Self {
-        Self { choice: "default".into(), device: DeviceKind::Auto, cache: None }
+        Self { choice: "default".into(), device: DeviceKind::Auto, cache: None, parameters: ModelParameters::default() }
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use etcetera::BaseStrategy;
-use ingle_actors::node::{DeviceKind, ModelChoice};
+use ingle_actors::node::{DeviceKind, ModelChoice, ModelParameters};
 
 pub use address::{Listen, is_loopback};
 pub use file::ConfigFile;
@@ -132,6 +132,8 @@ pub struct Settings {
     pub model: Option<ModelChoice>,
     /// What it computes on.
     pub device: DeviceKind,
+    /// What is set for the model.
+    pub parameters: ModelParameters,
     /// Where model files are kept, absolute.
     pub model_cache: PathBuf,
     /// Discovery on the local network.
@@ -229,6 +231,9 @@ impl Settings {
         if file.http.request_timeout.is_zero() {
             return Err(UsageError("[http] request_timeout is 0: nothing could be answered.".into()));
         }
+        if let Some(problem) = file.model.parameters.problem() {
+            return Err(UsageError(format!("[model.parameters] {problem}.")));
+        }
         Ok(Self {
             state_dir: absolute(state_dir)?,
             name,
@@ -236,6 +241,7 @@ impl Settings {
             quic: listen("QUIC", &layer.quic.unwrap_or(file.quic.listen), "::", 11436)?,
             model,
             device: layer.device.unwrap_or(file.model.device),
+            parameters: file.model.parameters,
             model_cache: absolute(model_cache)?,
             mdns: layer.mdns.unwrap_or(file.cluster.mdns),
             peers: layer.peers.unwrap_or(file.cluster.peers),

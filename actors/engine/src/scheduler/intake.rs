@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 
 use super::Wake;
 use super::checks::{check_extra, check_sampling, invalid, refuse};
+use super::blocks::Table;
 use super::heartbeat::Hearts;
 use super::output::{LastWord, Output};
 use super::sequence::{Sequence, Times};
@@ -60,6 +61,7 @@ pub(super) struct Intake {
     digest: ModelDigest,
     context_length: u32,
     vocabulary: u32,
+    max_tokens: Option<u32>,
     codec: Arc<dyn Codec>,
     shared: Arc<Shared>,
     hearts: Arc<Hearts>,
@@ -69,7 +71,7 @@ impl Intake {
     pub fn new(spec: &EngineSpec, engine: &Capabilities, codec: Arc<dyn Codec>, shared: Arc<Shared>) -> Self {
         let hearts = Arc::default();
         let (context_length, vocabulary) = (engine.context_length, engine.vocabulary);
-        Self { digest: spec.digest, context_length, vocabulary, codec, shared, hearts }
+        Self { digest: spec.digest, context_length, vocabulary, max_tokens: spec.max_tokens, codec, shared, hearts }
     }
 
     pub fn hearts(&self) -> Arc<Hearts> {
@@ -116,7 +118,9 @@ impl Intake {
                 return None;
             }
         };
-        let Request { sampling, resume, priority, .. } = *request;
+        let Request { mut sampling, resume, priority, .. } = *request;
+        // What the household has set goes before what a request asks for.
+        sampling.max_tokens = sampling.max_tokens.into_iter().chain(self.max_tokens).min();
         let (prompt_tokens, resumed) = (prompt.len() as u32, resume.len() as u32);
         let mut sequence = Sequence {
             output: Output::new(answers, last),
@@ -126,6 +130,8 @@ impl Intake {
             computed: 0,
             slot: 0,
             has_slot: false,
+            table: Table::default(),
+            cached: 0,
             last_chunk: 0,
             prompt: prompt_tokens,
             resumed,

@@ -8,6 +8,7 @@ use ingle_protocol::wire::v1::{
     Usage,
 };
 
+use super::blocks::Table;
 use super::intake::Place;
 use super::output::{Lingering, Output};
 use crate::sampler::{Chosen, Likelihood, Place as Choice, Sampler, TokenMask};
@@ -28,6 +29,10 @@ pub(crate) struct Sequence {
     pub computed: usize,
     pub slot: u32,
     pub has_slot: bool,
+    /// Its memory, while it has a slot.
+    pub table: Table,
+    /// Tokens of the prompt that others had computed.
+    pub cached: u32,
     /// The step of its last chunk.
     pub last_chunk: u64,
     pub prompt: u32,
@@ -92,7 +97,11 @@ impl Sequence {
 
     pub fn admit(&mut self, slot: u32, now: Instant) {
         (self.slot, self.has_slot, self.place) = (slot, true, None);
-        self.times.admitted = Some(now);
+        // A sequence that had to wait for memory again finds its own blocks, which is no saving.
+        if self.times.admitted.is_none() {
+            self.times.admitted = Some(now);
+            self.cached = (self.computed as u32).min(self.prompt);
+        }
         self.tell_progress();
     }
 
@@ -164,7 +173,7 @@ impl Sequence {
     /// Sends the last frame and writes down what the request took. `Some` while the reader has to catch up.
     pub fn end(self, end: End) -> Option<Lingering> {
         self.log(&end);
-        let usage = Usage { prompt_tokens: self.prompt, cached_tokens: 0, completion_tokens: self.generated() };
+        let usage = Usage { prompt_tokens: self.prompt, cached_tokens: self.cached, completion_tokens: self.generated() };
         match end {
             End::Finished(reason) => self.output.end(Answer::Finished(Finished { reason, usage })),
             End::Failed(kind, message) => {
@@ -191,6 +200,7 @@ impl Sequence {
             tracing::info!(
                 end = ?end,
                 prompt_tokens = self.prompt,
+                cached_tokens = self.cached,
                 resumed_tokens = self.resumed,
                 completion_tokens = self.generated(),
                 queue_ms = ms(submitted, started),
