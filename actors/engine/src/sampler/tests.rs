@@ -12,7 +12,7 @@ mod properties;
 struct Numbers(u32);
 
 impl Codec for Numbers {
-    fn prompt(&self, _: &[Message]) -> Result<Vec<u32>, PromptError> {
+    fn prompt(&self, _: &[Message], _: &[u8]) -> Result<Vec<u32>, PromptError> {
         Ok(vec![])
     }
     fn bytes(&self, _: u32) -> &[u8] {
