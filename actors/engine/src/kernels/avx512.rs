@@ -97,6 +97,10 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+    #[inline(always)]
     unsafe fn splat_i32(value: i32) -> Self::I {
         unsafe { _mm512_set1_epi32(value) }
     }

@@ -46,6 +46,12 @@ impl Packed {
         (end <= (*bytes).as_ref().len()).then_some(Self { shape, bytes, offset })
     }
 
+    /// The same in memory of its own.
+    #[cfg(test)]
+    pub fn separate(&self) -> Self {
+        Self { bytes: Arc::new((*self.bytes).as_ref().to_vec()), ..self.clone() }
+    }
+
     pub fn shape(&self) -> Shape {
         self.shape
     }

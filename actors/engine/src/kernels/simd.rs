@@ -54,6 +54,9 @@ pub(crate) trait Simd: Copy + 'static {
     /// 2ⁿ for a value `n + ROUND`, −127 < n < 128.
     unsafe fn power_of_two(value: Self::F) -> Self::F;
 
+    /// Asks for a line of the cache ahead of its use; any address will do.
+    unsafe fn prefetch(_from: *const u8) {}
+
     unsafe fn splat_i32(value: i32) -> Self::I;
     unsafe fn to_float(value: Self::I) -> Self::F;
 

@@ -264,6 +264,39 @@ fn speed_of_products() {
     }
 }
 
+/// How fast weights come from memory: `… -- --ignored --nocapture speed_of_memory`.
+#[test]
+#[ignore = "a measurement"]
+fn speed_of_memory() {
+    let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    for format in [Format::Q4_0, Format::Q4_1, Format::Q8_0, Format::Q4K, Format::Q6K, Format::F16] {
+        let inputs = 576usize.next_multiple_of(format.block_weights());
+        let (one, _) = packed(format, inputs, 1536, 3);
+        let many: Vec<Packed> = (0..(120 << 20) / one.shape().bytes().unwrap()).map(|_| one.separate()).collect();
+        let bytes: usize = many.iter().map(|part| part.shape().bytes().unwrap()).sum();
+        let x = numbers(1, inputs);
+        let mut out = vec![0.0; 1536];
+        let mut kernels = Kernels::new(InstructionSet::available()[0], threads);
+        let mut best = f64::MAX;
+        for _ in 0..20 {
+            let started = std::time::Instant::now();
+            for part in &many {
+                kernels.linear(std::slice::from_ref(part), None, &x, Norm::None, &mut out);
+            }
+            best = best.min(started.elapsed().as_secs_f64());
+        }
+        let memory = vec![1u64; 120 << 17];
+        let mut swept = f64::MAX;
+        for _ in 0..10 {
+            let started = std::time::Instant::now();
+            kernels.sweep(&memory);
+            swept = swept.min(started.elapsed().as_secs_f64());
+        }
+        let sweep = memory.len() as f64 * 8.0 / swept / 1e9;
+        println!("{format:?}: {:.1} GB/s of {sweep:.1} GB/s, {:.2} us a product", bytes as f64 / best / 1e9, best / many.len() as f64 * 1e6);
+    }
+}
+
 #[test]
 fn pools_may_be_of_any_size() {
     assert_eq!(Pool::new(0).threads(), 1);

@@ -72,6 +72,14 @@ struct Whole {
 }
 
 impl Whole {
+    /// How it ended; what others had computed before may differ.
+    fn reason(&self) -> Option<FinishReason> {
+        match &self.last {
+            Some(Answer::Finished(finished)) => Some(finished.reason),
+            _ => None,
+        }
+    }
+
     fn collect(mut receiver: mpsc::Receiver<Answer>) -> Self {
         let mut whole = Self::default();
         while let Some(answer) = receiver.blocking_recv() {
@@ -514,13 +522,13 @@ fn answers_are_the_same_alone_in_company_and_resumed() {
     for (alone, together) in alone.iter().zip(together) {
         let together = Whole::collect(together);
         assert_eq!(together.tokens, alone.tokens);
-        assert_eq!(together.last, alone.last);
+        assert_eq!(together.reason(), alone.reason());
     }
     for (request, alone) in requests.iter().zip(&alone) {
         for cut in [1, alone.tokens.len() / 2, alone.tokens.len() - 1] {
             let rest = ask(&engine, Request { resume: alone.ids()[..cut].to_vec(), ..request.clone() });
             assert_eq!(rest.tokens, alone.tokens[cut..]);
-            assert_eq!(rest.last, alone.last);
+            assert_eq!(rest.reason(), alone.reason());
         }
     }
     let other = ask(

@@ -9,12 +9,13 @@ use crate::{EngineError, StepEngine, StepEntry};
 const DECODES: u32 = 3;
 
 pub(super) fn warm_up(engine: &mut dyn StepEngine, shared: &Shared) -> Result<(), EngineError> {
-    let capabilities = engine.capabilities();
+    let capabilities = engine.capabilities().clone();
     let chunk = capabilities.chunk.min(capabilities.context_length.saturating_sub(DECODES)).max(1);
     let vocabulary = capabilities.vocabulary.max(1);
     let entry = |position: u32| StepEntry { token: position % vocabulary, slot: 0, position };
     let prompt: Vec<StepEntry> = (0..chunk).map(entry).collect();
-    engine.assign_share(0)?;
+    // Nobody else has any yet.
+    engine.assign(0, &(0..capabilities.blocks).collect::<Vec<_>>(), 0)?;
     let started = Instant::now();
     let logits = engine.step(&prompt, &[prompt.len() - 1])?;
     if logits.row(0).iter().all(|logit| logit.is_nan()) {
