@@ -181,7 +181,8 @@ impl Safetensors {
         let Some(first) = bytes.first_chunk::<8>() else { return Err(truncated("the length of its head", 8)) };
         let head_bytes = u64::from_le_bytes(*first);
         if head_bytes > MAX_HEAD {
-            let why = format!("it would have {head_bytes} bytes, {MAX_HEAD} are possible (is this a safetensors file?)");
+            let why =
+                format!("it would have {head_bytes} bytes, {MAX_HEAD} are possible (is this a safetensors file?)");
             return Err(invalid("the head", why));
         }
         let data = 8 + head_bytes as usize;

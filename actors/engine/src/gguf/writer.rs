@@ -139,7 +139,9 @@ impl Plan {
 
     /// Adds a tensor behind those that are there.
     pub fn add(&mut self, tensor: PlannedTensor) {
-        debug_assert!(tensor.dimensions.first().is_some_and(|n| n.is_multiple_of(tensor.format.block_weights() as u64)));
+        debug_assert!(
+            tensor.dimensions.first().is_some_and(|n| n.is_multiple_of(tensor.format.block_weights() as u64))
+        );
         self.tensors.push(tensor);
     }
 

@@ -85,7 +85,8 @@ impl Family {
             if let Some(kind) = pooling_of(folder)? {
                 keys.number("pooling_type", kind);
             }
-            keys.number("token_type_count", config.number(&["type_vocab_size"])?.unwrap_or(1));
+            let types = config.number(&["type_vocab_size"])?.unwrap_or(1);
+            keys.metadata.push(("tokenizer.ggml.token_type_count".into(), MetaValue::U32(types)));
             self.refuse_bert_variants(config)?;
             return Ok(keys.metadata);
         }

@@ -42,10 +42,9 @@ pub(super) fn metadata(
     texts[at("eos")] = texts[at("eos")].take().or_else(|| texts[at("sep")].clone());
 
     let (first, last) = around(&json.root["post_processor"]);
-    let mut add = [("bos", None), ("eos", None)];
+    let mut add = [("bos", false), ("eos", false)];
     if let Some(first) = first {
-        let is_known = [at("bos"), at("cls")].iter().any(|at| texts[*at].as_deref() == Some(first.as_str()));
-        add[0].1 = Some(is_known);
+        add[0].1 = [at("bos"), at("cls")].iter().any(|at| texts[*at].as_deref() == Some(first.as_str()));
     }
     let mut end_of_turn = None;
     if let Some(last) = last {
@@ -53,7 +52,7 @@ pub(super) fn metadata(
         if texts[at("eos")].as_deref() != Some(last.as_str()) {
             end_of_turn = texts[at("eos")].replace(last);
         }
-        add[1].1 = Some(true);
+        add[1].1 = true;
     }
     let id_of = |text: &str| json.added.iter().find(|token| token.content == text).map(|token| token.id);
     let number = |name: &str| config.get(&format!("{name}_token_id")).and_then(Value::as_u64);
@@ -67,8 +66,9 @@ pub(super) fn metadata(
         metadata.push(("tokenizer.ggml.eot_token_id".into(), MetaValue::U32(id)));
     }
     for (name, adds) in add {
-        let said = settings[format!("add_{name}_token")].as_bool();
-        metadata.extend(said.or(adds).map(|add| (format!("tokenizer.ggml.add_{name}_token"), MetaValue::Bool(add))));
+        // Always said, as what holds where it is not said differs from program to program.
+        let adds = settings[format!("add_{name}_token")].as_bool().unwrap_or(adds);
+        metadata.push((format!("tokenizer.ggml.add_{name}_token"), MetaValue::Bool(adds)));
     }
     if let Some(template) = chat_template(folder, settings)? {
         metadata.push(("tokenizer.chat_template".into(), MetaValue::Text(template)));
@@ -80,6 +80,10 @@ pub(super) fn metadata(
 fn around(processor: &Value) -> (Option<String>, Option<String>) {
     let alone = std::slice::from_ref(processor);
     let all = processor["processors"].as_array().map_or(alone, Vec::as_slice);
+    if let Some(bert) = all.iter().find(|one| one["type"] == "BertProcessing" || one["type"] == "RobertaProcessing") {
+        let token = |name: &str| bert[name][0].as_str().map(ToString::to_string);
+        return (token("cls"), token("sep"));
+    }
     let template = all.iter().find(|processor| processor["type"] == "TemplateProcessing");
     let Some(single) = template.and_then(|template| template["single"].as_array()).filter(|all| all.len() > 1) else {
         return (None, None);

@@ -4,9 +4,9 @@
 use std::ops::Range;
 use std::path::Path;
 
+use super::all_entries;
 use super::config::Config;
 use super::family::Family;
-use super::all_entries;
 use crate::dequantize::Format;
 use crate::quantize::{ConvertError, SourceTensor};
 use crate::safetensors::{Entry, Safetensors};
@@ -68,7 +68,8 @@ impl Origin {
             Self::File { file, entry, order, shift } => {
                 let bytes = files[*file].bytes(entry);
                 // A list of numbers is permuted number by number, a matrix row by row.
-                let (width, rows) = if tensor.dimensions.len() == 1 { (1, 0..tensor.row()) } else { (tensor.row(), rows) };
+                let (width, rows) =
+                    if tensor.dimensions.len() == 1 { (1, 0..tensor.row()) } else { (tensor.row(), rows) };
                 let row_bytes = width as usize * tensor.format.block_bytes();
                 if *order == Order::Same {
                     let place = rows.start as usize * row_bytes..rows.end as usize * row_bytes;
@@ -122,7 +123,8 @@ pub(super) fn collect(
             let hint = format!("{} models have none of that name", family.architecture());
             return Err(ConvertError::Unsupported { path: files[file].path().into(), what, hint });
         };
-        let damaged = |why| ConvertError::Damaged { path: files[file].path().into(), what: format!("tensor {name}"), why };
+        let damaged =
+            |why| ConvertError::Damaged { path: files[file].path().into(), what: format!("tensor {name}"), why };
         if layer_of(&new).is_some_and(|layer| layer >= layers) {
             return Err(damaged(format!("config.json says that there are {layers} layers")));
         }
@@ -185,7 +187,8 @@ fn extra(family: Family, config: &Config) -> Result<Vec<(&'static str, Vec<f32>)
         (Family::Phi3, "su" | "longrope") => {
             let pairs = config.head_size()? as usize / 2;
             let mut factors = Vec::new();
-            for (name, key) in [("rope_factors_long.weight", "long_factor"), ("rope_factors_short.weight", "short_factor")]
+            for (name, key) in
+                [("rope_factors_long.weight", "long_factor"), ("rope_factors_short.weight", "short_factor")]
             {
                 let values = config.rope_factors(key)?.unwrap_or_default();
                 if values.is_empty() || values.len() > pairs {

@@ -326,5 +326,7 @@ fn word_piece(json: &Json) -> Result<(Metadata, Tokens), ConvertError> {
         }
     }
     // llama.cpp's name for what BERT's pre-tokenizer does.
-    Ok((head("bert", "jina-v2-en", &tokens, None), tokens))
+    let mut metadata = head("bert", "jina-v2-en", &tokens, None);
+    metadata.push(("tokenizer.ggml.normalizer.lowercase".into(), MetaValue::Bool(true)));
+    Ok((metadata, tokens))
 }

@@ -1,25 +1,29 @@
-//! How far long work is, on standard error: a bar on a terminal, a line for each tenth elsewhere.
+//! How far long work is, on standard error: a bar on a terminal, a line now and then elsewhere.
 
 use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::output;
+
+/// Lines come this far apart: work that is done sooner needs none.
+const LINE_INTERVAL: Duration = Duration::from_secs(3);
 
 /// Shows how much of something is done.
 #[derive(Debug)]
 pub enum WorkProgress {
     /// A terminal.
     Bar(ProgressBar),
-    /// A file or a pipe: what is done, and the tenth that was said last.
-    Lines(String, Option<u64>),
+    /// A file or a pipe: what is done, and when the last line came.
+    Lines(String, Instant),
 }
 
 impl WorkProgress {
     /// What suits standard error. `what` as in "Quantizing model.gguf".
     pub fn new(what: &str) -> Self {
         if !std::io::stderr().is_terminal() {
-            return Self::Lines(what.into(), None);
+            return Self::Lines(what.into(), Instant::now());
         }
         let bar = ProgressBar::new(100);
         // The template is ours: one that is wrong shows the default bar.
@@ -39,10 +43,9 @@ impl WorkProgress {
                 bar.set_position(done);
             }
             Self::Lines(what, last) => {
-                let tenth = done.saturating_mul(10) / all;
-                if *last != Some(tenth) {
-                    *last = Some(tenth);
-                    output::complain(&format!("{what}: {} %", tenth * 10));
+                if last.elapsed() >= LINE_INTERVAL {
+                    *last = Instant::now();
+                    output::complain(&format!("{what}: {} %", done.saturating_mul(100) / all));
                 }
             }
         }
@@ -53,22 +56,5 @@ impl WorkProgress {
         if let Self::Bar(bar) = self {
             bar.finish_and_clear();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lines_come_once_for_each_tenth() {
-        let mut lines = WorkProgress::Lines("Working".into(), None);
-        for done in 0..=100 {
-            lines.show(done, 100);
-        }
-        assert!(matches!(&lines, WorkProgress::Lines(_, Some(10))));
-        // Nothing to do is done.
-        lines.show(0, 0);
-        lines.end();
     }
 }

@@ -16,9 +16,6 @@ use crate::config::Settings;
 use crate::exit::UsageError;
 use crate::output;
 
-/// Fallbacks of more tensors than this are told as a number.
-const NAMED: usize = 8;
-
 /// What was done.
 #[derive(Debug, Serialize)]
 struct Report {
@@ -152,13 +149,28 @@ fn render(report: &Report) -> String {
     for Share { format, tensors, bytes } in &report.formats {
         text += &format!("  {format:<5} {tensors:>4} tensors  {}\n", size(*bytes));
     }
-    for OtherFormat { tensor, row, wanted, got } in report.fallbacks.iter().take(NAMED) {
-        text += &format!("  {tensor} is {got}, not {wanted}: its rows of {row} weights are not whole blocks\n");
-    }
-    if let Some(more) = report.fallbacks.len().checked_sub(NAMED).filter(|more| *more > 0) {
-        text += &format!("  … and {more} more tensors alike (--json names all)\n");
+    for (first, count) in grouped(&report.fallbacks) {
+        let OtherFormat { tensor, row, wanted, got } = first;
+        let (who, whose) = match count {
+            1 => (format!("{tensor} is"), "its"),
+            _ => (format!("{count} tensors, such as {tensor}, are"), "their"),
+        };
+        text += &format!("  {who} {got}, not {wanted}: {whose} rows of {row} weights are no whole blocks\n");
     }
     text
+}
+
+/// Tensors with the same fate: the first of them and how many.
+fn grouped(fallbacks: &[OtherFormat]) -> Vec<(&OtherFormat, usize)> {
+    let mut groups: Vec<(&OtherFormat, usize)> = Vec::new();
+    for other in fallbacks {
+        let alike = |of: &OtherFormat| of.row == other.row && of.wanted == other.wanted && of.got == other.got;
+        match groups.iter_mut().find(|(first, _)| alike(first)) {
+            Some((_, count)) => *count += 1,
+            None => groups.push((other, 1)),
+        }
+    }
+    groups
 }
 
 #[cfg(test)]
@@ -201,7 +213,7 @@ mod tests {
         };
         let text = render(&report);
         assert!(text.starts_with("out.gguf: 2.00 GB → 500.0 MB in 1.0 s\n  Q4_1    10 tensors  500.0 MB\n"), "{text}");
-        assert!(text.contains("blk.7.attn_q.weight is Q4_1, not Q4_K: its rows of 576 weights"), "{text}");
-        assert!(text.ends_with("and 2 more tensors alike (--json names all)\n"), "{text}");
+        let line = "  10 tensors, such as blk.0.attn_q.weight, are Q4_1, not Q4_K: their rows of 576 weights";
+        assert!(text.contains(line), "{text}");
     }
 }
