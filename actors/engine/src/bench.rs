@@ -72,7 +72,11 @@ pub fn bench(
 ) -> Result<BenchReport, EngineError> {
     let slots = BATCHES.into_iter().max().unwrap_or(1);
     let needed = PROMPT.max(CONTEXT + DECODED) + 1;
-    let options = ModelOptions { slots, context_length: Some(options.context_length.unwrap_or(needed).max(needed)), ..options.clone() };
+    let options = ModelOptions {
+        slots,
+        context_length: Some(options.context_length.unwrap_or(needed).max(needed)),
+        ..options.clone()
+    };
     progress("loading");
     if options.packed_cache.is_some() {
         // The weights are packed once and then mapped, which is what every later start does.

@@ -38,10 +38,11 @@ mod step_engine;
 pub use engine::Engine;
 pub use error::EngineError;
 pub use inspect::{ModelSummary, inspect};
+pub use kernels::{InstructionSet, KvType};
 pub use sampler::{BitMask, TokenMask};
 pub use snapshot::EngineSnapshot;
-pub use kernels::{InstructionSet, KvType};
 pub use spec::{
-    DEFAULT_PACKED_LIMIT, DEFAULT_QUEUE, DEFAULT_READER_DEADLINE, DEFAULT_SLOTS, DeviceChoice, EngineSpec, ModelOptions, ModelSource, PackedCache,
+    DEFAULT_PACKED_LIMIT, DEFAULT_QUEUE, DEFAULT_READER_DEADLINE, DEFAULT_SLOTS, DeviceChoice, EngineSpec,
+    ModelOptions, ModelSource, PackedCache,
 };
 pub use step_engine::{Capabilities, Logits, StepEngine, StepEntry};

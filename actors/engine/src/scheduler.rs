@@ -20,9 +20,9 @@ use crate::snapshot::Shared;
 use crate::text::Codec;
 use crate::{EngineError, EngineSpec, StepEngine};
 
-mod checks;
 mod batch;
 mod blocks;
+mod checks;
 mod heartbeat;
 mod intake;
 mod output;

@@ -76,7 +76,10 @@ fn ask(engine: &Engine, request: &Request) -> Vec<u32> {
 /// Text whose tokens are many.
 fn text(seed: u32, words: usize) -> String {
     let names = ["hearth", "node", "mini", "tower", "token", "queue", "fire", "house"];
-    (0..words as u32).map(|n| names[(seed.wrapping_mul(31).wrapping_add(n * n) % 8) as usize]).collect::<Vec<_>>().join(" ")
+    (0..words as u32)
+        .map(|n| names[(seed.wrapping_mul(31).wrapping_add(n * n) % 8) as usize])
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 #[test]
@@ -86,22 +89,36 @@ fn answers_are_the_same_in_any_company() {
     let alone = start(ModelOptions { slots: 1, chunk: Some(5), ..ModelOptions::default() });
     let fresh = start(ModelOptions { slots: 2, chunk: Some(64), ..ModelOptions::default() });
     let options = (
-        1usize..40, 0u32..1000, prop_oneof![Just(0.0f32), 0.3f32..1.6], any::<u64>(), 0.5f32..1.0, 0u32..40, 0.0f32..0.2,
-        (0.8f32..1.4, -0.5f32..0.5, -0.5f32..0.5), 0usize..24,
+        1usize..40,
+        0u32..1000,
+        prop_oneof![Just(0.0f32), 0.3f32..1.6],
+        any::<u64>(),
+        0.5f32..1.0,
+        0u32..40,
+        0.0f32..0.2,
+        (0.8f32..1.4, -0.5f32..0.5, -0.5f32..0.5),
+        0usize..24,
     );
     let mut runner = TestRunner::new(Config { cases: 24, failure_persistence: None, ..Config::default() });
     runner
         .run(&options, |(words, which, temperature, seed, top_p, top_k, min_p, penalties, cut)| {
             let (repetition_penalty, presence_penalty, frequency_penalty) = penalties;
             let sampling = Sampling {
-                top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+                top_p,
+                top_k,
+                min_p,
+                repetition_penalty,
+                presence_penalty,
+                frequency_penalty,
                 ..sampling(temperature, seed, 24)
             };
             let mine = request(&text(which, words), sampling);
             let due = ask(&alone, &mine);
             prop_assert_eq!(due.len(), 24);
             let others: Vec<_> = (0..15u32)
-                .map(|n| submit(&engine, &request(&text(which + n, 1 + n as usize * 3), self::sampling(1.0, n.into(), 20))))
+                .map(|n| {
+                    submit(&engine, &request(&text(which + n, 1 + n as usize * 3), self::sampling(1.0, n.into(), 20)))
+                })
                 .collect();
             prop_assert_eq!(&ask(&engine, &mine), &due, "among fifteen");
             others.into_iter().for_each(|other| drop(collect(other)));

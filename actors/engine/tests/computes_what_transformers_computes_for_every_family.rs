@@ -64,7 +64,11 @@ fn check(family: &str) {
             let tolerance = if kv_type == KvType::F16 { TOLERANCE } else { INT8_TOLERANCE };
             let open = |instructions: Option<InstructionSet>| {
                 let options = ModelOptions {
-                    slots: 1, context_length: Some(case.context), kv_type, instructions, threads: Some(2),
+                    slots: 1,
+                    context_length: Some(case.context),
+                    kv_type,
+                    instructions,
+                    threads: Some(2),
                     ..ModelOptions::default()
                 };
                 Model::open(&fixture(&format!("{family}.gguf")), DeviceChoice::Cpu, &options).unwrap()

@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use joining::{control_socket_path, join_offline, mint_token_offline, remembered_name};
 pub use options::{
-    DeviceKind, JoinError, JoinOptions, Joined, KvKind, MintedToken, ModelChoice, ModelParameters, NodeOptions, StartError,
+    DeviceKind, JoinError, JoinOptions, Joined, KvKind, MintedToken, ModelChoice, ModelParameters, NodeOptions,
+    StartError,
 };
 
 use crate::cluster::{self, Mesh, MeshOptions};
@@ -70,8 +71,7 @@ impl Node {
             let cache = options.model_cache.clone();
             let environment = options.engine_environment.clone();
             let (device, parameters) = (options.device, options.parameters.clone());
-            let worker_options =
-                WorkerOptions { choice, device, cache, sockets, index: 0, parameters, environment };
+            let worker_options = WorkerOptions { choice, device, cache, sockets, index: 0, parameters, environment };
             let worker = ModelWorker::new(worker_options, workers.clone());
             workers.add(worker.clone());
             worker

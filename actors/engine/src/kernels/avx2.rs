@@ -70,14 +70,12 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_i8(from: *const i8) -> Self::F {
-        let half =
-            |from: *const i8| unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) };
+        let half = |from: *const i8| unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) };
         Pair(half(from), half(unsafe { from.add(8) }))
     }
     #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> Self::F {
-        let half =
-            |from: *const u8| unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))) };
+        let half = |from: *const u8| unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))) };
         Pair(half(from), half(unsafe { from.add(8) }))
     }
     #[inline(always)]
@@ -131,8 +129,16 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
-    unsafe fn prefetch(from: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    unsafe fn sum(value: Self::F) -> f32 {
+        unsafe { sum_of_eight(_mm256_add_ps(value.0, value.1)) }
+    }
+    #[inline(always)]
+    unsafe fn sum_i8(from: *const i8) -> i32 {
+        unsafe { sum_of_bytes(from) }
+    }
+    #[inline(always)]
+    unsafe fn greatest(value: Self::F) -> f32 {
+        unsafe { greatest_of_eight(_mm256_max_ps(value.0, value.1)) }
     }
     #[inline(always)]
     unsafe fn splat_i32(value: i32) -> Self::I {
@@ -199,5 +205,37 @@ unsafe fn merge<const N: u32>(bytes: __m256i, bits: __m256i, mask: i8) -> __m256
             _ => _mm256_srli_epi16::<3>(bits),
         };
         _mm256_or_si256(bytes, _mm256_and_si256(moved, _mm256_set1_epi8(mask)))
+    }
+}
+
+/// Lanes 0 and 4, 1 and 5, …; then two apart, then neighbours.
+#[inline(always)]
+pub(super) unsafe fn sum_of_eight(value: __m256) -> f32 {
+    // SAFETY: as the caller's.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps::<1>(value));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn greatest_of_eight(value: __m256) -> f32 {
+    // SAFETY: as the caller's.
+    unsafe {
+        let four = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps::<1>(value));
+        let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
+    }
+}
+
+/// The sum of sixteen signed bytes: the instruction takes unsigned ones, so 128 is added to each and taken off again.
+#[inline(always)]
+pub(super) unsafe fn sum_of_bytes(from: *const i8) -> i32 {
+    // SAFETY: as the caller's.
+    unsafe {
+        let bytes = _mm_xor_si128(_mm_loadu_si128(from.cast()), _mm_set1_epi8(-128));
+        let halves = _mm_sad_epu8(bytes, _mm_setzero_si128());
+        _mm_cvtsi128_si32(_mm_add_epi32(halves, _mm_unpackhi_epi64(halves, halves))) - 16 * 128
     }
 }

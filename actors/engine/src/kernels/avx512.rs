@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::avx2::{greatest_of_eight, sum_of_bytes, sum_of_eight};
 use super::simd::Simd;
 
 /// Needs `avx512f`, `avx512bw`, `avx512vnni`.
@@ -97,8 +98,16 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn prefetch(from: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    unsafe fn sum(value: Self::F) -> f32 {
+        unsafe { sum_of_eight(_mm256_add_ps(_mm512_castps512_ps256(value), upper(value))) }
+    }
+    #[inline(always)]
+    unsafe fn sum_i8(from: *const i8) -> i32 {
+        unsafe { sum_of_bytes(from) }
+    }
+    #[inline(always)]
+    unsafe fn greatest(value: Self::F) -> f32 {
+        unsafe { greatest_of_eight(_mm256_max_ps(_mm512_castps512_ps256(value), upper(value))) }
     }
     #[inline(always)]
     unsafe fn splat_i32(value: i32) -> Self::I {
@@ -161,4 +170,11 @@ unsafe fn to_bit_four<const N: u32>(bits: __m512i) -> __m512i {
 unsafe fn merge(bytes: __m512i, bits: __m512i, mask: i8) -> __m512i {
     // SAFETY: as the caller's. The table's number is `a | (b & c)`.
     unsafe { _mm512_ternarylogic_epi32::<0xf8>(bytes, bits, _mm512_set1_epi8(mask)) }
+}
+
+/// Lanes 8 to 15.
+#[inline(always)]
+unsafe fn upper(value: __m512) -> __m256 {
+    // SAFETY: as the caller's.
+    unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(value))) }
 }

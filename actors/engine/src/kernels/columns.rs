@@ -151,9 +151,7 @@ pub(crate) unsafe fn fill_row<S: Simd>(sink: &Sink<'_>, row: usize, x: &[f32], n
             unsafe {
                 let codes = sink.codes.add(first * inputs + (block * width + column) * BLOCK);
                 let scale = quantize::<S>(x.as_ptr(), codes);
-                let half =
-                    |n: usize| std::slice::from_raw_parts(codes.add(n), 16).iter().map(|code| i32::from(*code)).sum();
-                let (low, high): (i32, i32) = (half(0), half(16));
+                let (low, high) = (S::sum_i8(codes), S::sum_i8(codes.add(LANES)));
                 let place = first * blocks + block * width + column;
                 sink.scales.add(place).write(scale);
                 sink.scaled_sums.add(place).write(scale * (low + high) as f32);

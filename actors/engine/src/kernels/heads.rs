@@ -93,10 +93,8 @@ impl Kernels {
         self.pool.run(count.div_ceil(each), |unit| {
             for number in unit * each..((unit + 1) * each).min(count) {
                 let row = rows[number];
-                let rotation = Rotation {
-                    cosines: &cosines[number * pairs..][..pairs],
-                    sines: &sines[number * pairs..][..pairs],
-                };
+                let rotation =
+                    Rotation { cosines: &cosines[number * pairs..][..pairs], sines: &sines[number * pairs..][..pairs] };
                 // SAFETY: each row is this unit's alone; sizes were checked above.
                 unsafe {
                     let qkv = std::slice::from_raw_parts_mut(data.get().add(number * width), width);

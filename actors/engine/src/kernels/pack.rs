@@ -1,7 +1,7 @@
 //! The layout that the kernels read: tiles of sixteen outputs, the weights of four inputs of each side by side.
 //!
-//! A tile holds first the scales of all its spans, then the codes of all its spans; both parts begin at multiples
-//! of [`ALIGNMENT`]. A span is 32 inputs (256 for K formats, 1 for floats). In a span's codes, byte
+//! A tile holds its spans one after the other, so that memory is read in one stream: of each span first the scales,
+//! then the codes. A span is 32 inputs (256 for K formats, 1 for floats). In a span's codes, byte
 //! `64·j + 4·row + i` belongs to input `4·j + i` of its block of 32; where codes have four bits, the lower half of
 //! the byte is that of `j` and the upper half that of `j + 4`. A fifth and sixth bit stand in planes of 64 bytes in
 //! front of the block's halves: bit `j` of byte `4·row + i` (two bits: `2·(j mod 4)` of plane `j / 4`).
@@ -45,6 +45,10 @@ impl SpanLayout {
         };
         Self { inputs, scales, codes }
     }
+
+    pub const fn bytes(self) -> usize {
+        self.scales + self.codes
+    }
 }
 
 /// Sizes of a packed matrix.
@@ -60,16 +64,10 @@ impl Shape {
         self.outputs.div_ceil(LANES)
     }
 
-    /// Bytes of the scales of one tile.
-    pub fn scale_bytes(&self) -> usize {
-        let span = SpanLayout::of(self.format);
-        (self.inputs / span.inputs * span.scales).next_multiple_of(ALIGNMENT)
-    }
-
     /// Bytes of one tile.
     pub fn tile_bytes(&self) -> usize {
         let span = SpanLayout::of(self.format);
-        self.scale_bytes() + (self.inputs / span.inputs * span.codes).next_multiple_of(ALIGNMENT)
+        (self.inputs / span.inputs * span.bytes()).next_multiple_of(ALIGNMENT)
     }
 
     /// Bytes of the matrix; `None` where they are too many to count.
@@ -81,17 +79,17 @@ impl Shape {
 /// Packs one tile. `rows` are the stored rows of its outputs, at most sixteen; missing ones become zero.
 pub(crate) fn pack_tile(shape: Shape, rows: &[&[u8]], tile: &mut [u8]) {
     let format = shape.format;
-    let (scales, codes) = tile.split_at_mut(shape.scale_bytes());
     let span = SpanLayout::of(format);
     let (stored, weights) = (format.block_bytes(), format.block_weights());
     for (lane, row) in rows.iter().enumerate() {
         for (number, block) in row.chunks_exact(stored).enumerate() {
-            let codes = &mut codes[number * weights / span.inputs * span.codes..];
+            let mine = &mut tile[number * weights / span.inputs * span.bytes()..][..span.bytes()];
             if span.scales == 0 {
-                codes[lane * stored..][..stored].copy_from_slice(block);
+                mine[lane * stored..][..stored].copy_from_slice(block);
             } else {
-                pack_scales(format, block, lane, &mut scales[number * span.scales..][..span.scales]);
-                pack_codes(format, block, lane, &mut codes[..span.codes]);
+                let (scales, codes) = mine.split_at_mut(span.scales);
+                pack_scales(format, block, lane, scales);
+                pack_codes(format, block, lane, codes);
             }
         }
     }

@@ -1,11 +1,13 @@
 //! Threads that share the units of one computation. A step of a small model has hundreds of computations of some
 //! ten microseconds, so waiting threads spin for a moment; they soon offer the processor to others and then sleep.
 //!
-//! A thread that comes late (because the machine is busy) is not waited for: only units that somebody has begun
-//! are.
+//! Each thread begins with a range of units of its own, so that it reads memory in one stream, and then helps the
+//! others. A thread that comes late (because the machine is busy) is not waited for: only units that somebody has
+//! begun are.
 
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 use std::thread::JoinHandle;
 
 /// Looks at the next computation without offering the processor to others.
@@ -20,12 +22,19 @@ pub(crate) struct Pool {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// On a line of the cache of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Apart<T>(T);
+
 #[derive(Debug, Default)]
 struct Shared {
-    /// Upper half: the computation's number; lower half: the next unit that nobody has begun.
-    ticket: AtomicU64,
+    /// For each thread's range, upper half: the computation's number; lower half: units that somebody has begun.
+    tickets: Vec<Apart<AtomicU64>>,
+    /// The computation's number.
+    number: Apart<AtomicU32>,
+    done: Apart<AtomicUsize>,
     units: AtomicUsize,
-    done: AtomicUsize,
     /// The work, with its type forgotten, and the function that knows it.
     work: AtomicPtr<()>,
     call: AtomicPtr<()>,
@@ -39,12 +48,14 @@ type Call = fn(*const (), usize);
 impl Pool {
     /// `threads` in all, the caller's included. Fewer where the system gives no more.
     pub fn new(threads: usize) -> Self {
-        let shared = Arc::<Shared>::default();
+        let threads = threads.max(1);
+        let tickets = (0..threads).map(|_| Apart::default()).collect();
+        let shared = Arc::new(Shared { tickets, ..Shared::default() });
         let spawn = |n: usize| {
             let shared = Arc::clone(&shared);
-            std::thread::Builder::new().name(format!("kernel {n}")).spawn(move || shared.serve()).ok()
+            std::thread::Builder::new().name(format!("kernel {n}")).spawn(move || shared.serve(n)).ok()
         };
-        let threads = (1..threads.max(1)).map_while(spawn).collect();
+        let threads = (1..threads).map_while(spawn).collect();
         Self { shared, threads }
     }
 
@@ -64,22 +75,27 @@ impl Pool {
             work(unit);
         };
         let shared = &*self.shared;
-        let last = shared.ticket.load(Ordering::Relaxed) >> 32;
+        let last = shared.number.0.load(Ordering::Relaxed);
         // No late thread may take the new units for further ones of the last computation.
-        shared.ticket.store(last << 32 | u64::from(u32::MAX), Ordering::Relaxed);
+        for ticket in &shared.tickets {
+            ticket.0.store(u64::from(last) << 32 | u64::from(u32::MAX), Ordering::Relaxed);
+        }
         fence(Ordering::Release);
         shared.units.store(units, Ordering::Relaxed);
-        shared.done.store(0, Ordering::Relaxed);
+        shared.done.0.store(0, Ordering::Relaxed);
         shared.work.store((&raw const work).cast_mut().cast(), Ordering::Relaxed);
         shared.call.store(call as *mut (), Ordering::Relaxed);
-        let next = last.wrapping_add(1) << 32;
-        shared.ticket.store(next, Ordering::SeqCst);
+        let number = last.wrapping_add(1);
+        for ticket in &shared.tickets {
+            ticket.0.store(u64::from(number) << 32, Ordering::Release);
+        }
+        shared.number.0.store(number, Ordering::SeqCst);
         if shared.asleep.load(Ordering::SeqCst) > 0 {
             self.threads.iter().for_each(|thread| thread.thread().unpark());
         }
-        shared.work_on(next);
+        shared.work_on(number, 0);
         let mut looks = 0u32;
-        while shared.done.load(Ordering::Acquire) < units {
+        while shared.done.0.load(Ordering::Acquire) < units {
             wait(&mut looks);
         }
         assert!(!shared.panicked.load(Ordering::Relaxed), "a kernel panicked on another thread");
@@ -93,22 +109,43 @@ fn wait(looks: &mut u32) {
 }
 
 impl Shared {
-    /// Takes units of the computation that began with this ticket until there are none left.
-    fn work_on(&self, begun: u64) {
-        let mut ticket = self.ticket.load(Ordering::Acquire);
+    /// The units that thread `n` begins with.
+    fn range(&self, n: usize, units: usize) -> Range<usize> {
+        let threads = self.tickets.len();
+        units * n / threads..units * (n + 1) / threads
+    }
+
+    /// Takes units of this computation until there are none left, first those of thread `me`.
+    fn work_on(&self, number: u32, me: usize) {
+        let threads = self.tickets.len();
+        for n in (0..threads).map(|n| (me + n) % threads) {
+            if !self.work_on_range(number, n) {
+                return;
+            }
+        }
+    }
+
+    /// False where another computation has begun.
+    fn work_on_range(&self, number: u32, n: usize) -> bool {
+        let ticket_of_range = &self.tickets[n].0;
+        let mut ticket = ticket_of_range.load(Ordering::Acquire);
         loop {
-            let unit = (ticket & u64::from(u32::MAX)) as usize;
             // Read before the ticket is taken: who takes one knows that the computation was still this one.
             let (units, work, call) = (
                 self.units.load(Ordering::Relaxed),
                 self.work.load(Ordering::Relaxed),
                 self.call.load(Ordering::Relaxed),
             );
-            if ticket >> 32 != begun >> 32 || unit >= units {
-                return;
+            if (ticket >> 32) as u32 != number {
+                return false;
+            }
+            let range = self.range(n, units);
+            let unit = range.start + (ticket & u64::from(u32::MAX)) as usize;
+            if unit >= range.end {
+                return true;
             }
             fence(Ordering::Acquire);
-            match self.ticket.compare_exchange_weak(ticket, ticket + 1, Ordering::AcqRel, Ordering::Acquire) {
+            match ticket_of_range.compare_exchange_weak(ticket, ticket + 1, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => {
                     // SAFETY: a `Call` was stored there together with this ticket.
                     let call = unsafe { std::mem::transmute::<*mut (), Call>(call) };
@@ -116,29 +153,29 @@ impl Shared {
                     if unwound.is_err() {
                         self.panicked.store(true, Ordering::Relaxed);
                     }
-                    self.done.fetch_add(1, Ordering::Release);
-                    ticket = self.ticket.load(Ordering::Acquire);
+                    self.done.0.fetch_add(1, Ordering::Release);
+                    ticket = ticket_of_range.load(Ordering::Acquire);
                 }
                 Err(now) => ticket = now,
             }
         }
     }
 
-    /// The body of a thread.
-    fn serve(&self) {
+    /// The body of thread `me`.
+    fn serve(&self, me: usize) {
         let mut seen = 0;
         let mut looks = 0u32;
         while !self.stop.load(Ordering::Relaxed) {
-            let ticket = self.ticket.load(Ordering::Acquire);
-            if ticket >> 32 != seen {
-                seen = ticket >> 32;
-                self.work_on(ticket);
+            let number = self.number.0.load(Ordering::Acquire);
+            if number != seen {
+                seen = number;
+                self.work_on(number, me);
                 looks = 0;
             } else if looks < SPINS + YIELDS {
                 wait(&mut looks);
             } else {
                 self.asleep.fetch_add(1, Ordering::SeqCst);
-                if self.ticket.load(Ordering::SeqCst) >> 32 == seen && !self.stop.load(Ordering::SeqCst) {
+                if self.number.0.load(Ordering::SeqCst) == seen && !self.stop.load(Ordering::SeqCst) {
                     std::thread::park();
                 }
                 self.asleep.fetch_sub(1, Ordering::SeqCst);

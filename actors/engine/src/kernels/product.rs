@@ -223,8 +223,7 @@ impl Kernels {
     fn prepare(&mut self, parts: &[Packed], x: &[f32], rows: usize, norm: Norm<'_>) {
         let inputs = parts[0].shape.inputs;
         let is_float = |part: &Packed| matches!(part.shape.format, Format::F32 | Format::F16 | Format::Bf16);
-        let needs =
-            Needs { codes: parts.iter().any(|part| !is_float(part)), floats: parts.iter().any(is_float) };
+        let needs = Needs { codes: parts.iter().any(|part| !is_float(part)), floats: parts.iter().any(is_float) };
         self.columns.reset(rows, inputs, self.table.columns, needs);
         let (table, sink) = (&self.table, self.columns.sink());
         let each = rows.div_ceil(self.pool.threads() * 4).max(MANY_ROWS);

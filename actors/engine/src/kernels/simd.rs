@@ -54,9 +54,6 @@ pub(crate) trait Simd: Copy + 'static {
     /// 2ⁿ for a value `n + ROUND`, −127 < n < 128.
     unsafe fn power_of_two(value: Self::F) -> Self::F;
 
-    /// Asks for a line of the cache ahead of its use; any address will do.
-    unsafe fn prefetch(_from: *const u8) {}
-
     unsafe fn splat_i32(value: i32) -> Self::I;
     unsafe fn to_float(value: Self::I) -> Self::F;
 
@@ -88,6 +85,13 @@ pub(crate) trait Simd: Copy + 'static {
             half /= 2;
         }
         lanes[0]
+    }
+
+    /// The sum of sixteen codes.
+    #[inline(always)]
+    unsafe fn sum_i8(from: *const i8) -> i32 {
+        // SAFETY: as the caller's.
+        unsafe { from.cast::<[i8; LANES]>().read_unaligned() }.iter().map(|code| i32::from(*code)).sum()
     }
 
     /// The greatest of all lanes.

@@ -258,7 +258,11 @@ fn speed_of_products() {
                     best = best.min(started.elapsed().as_secs_f64());
                 }
                 let rate = (inputs * outputs * rows) as f64 / best / 1e9;
-                println!("{:12} {format:?} {rows:4} rows: {rate:7.1} G/s, {:6.1} GB/s", set.name(), bytes as f64 / best / 1e9);
+                println!(
+                    "{:12} {format:?} {rows:4} rows: {rate:7.1} G/s, {:6.1} GB/s",
+                    set.name(),
+                    bytes as f64 / best / 1e9
+                );
             }
         }
     }
@@ -269,31 +273,37 @@ fn speed_of_products() {
 #[ignore = "a measurement"]
 fn speed_of_memory() {
     let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    for format in [Format::Q4_0, Format::Q4_1, Format::Q8_0, Format::Q4K, Format::Q6K, Format::F16] {
+    for (format, rows) in [(Format::Q4_1, 1536), (Format::Q4_1, 16 * 400), (Format::Q8_0, 1536), (Format::F16, 1536)] {
         let inputs = 576usize.next_multiple_of(format.block_weights());
-        let (one, _) = packed(format, inputs, 1536, 3);
+        let (one, _) = packed(format, inputs, rows, 3);
         let many: Vec<Packed> = (0..(120 << 20) / one.shape().bytes().unwrap()).map(|_| one.separate()).collect();
         let bytes: usize = many.iter().map(|part| part.shape().bytes().unwrap()).sum();
         let x = numbers(1, inputs);
-        let mut out = vec![0.0; 1536];
-        let mut kernels = Kernels::new(InstructionSet::available()[0], threads);
-        let mut best = f64::MAX;
-        for _ in 0..20 {
-            let started = std::time::Instant::now();
-            for part in &many {
-                kernels.linear(std::slice::from_ref(part), None, &x, Norm::None, &mut out);
+        let mut out = vec![0.0; rows];
+        for threads in [1, threads] {
+            let mut kernels = Kernels::new(InstructionSet::available()[0], threads);
+            let mut best = f64::MAX;
+            for _ in 0..20 {
+                let started = std::time::Instant::now();
+                for part in &many {
+                    kernels.linear(std::slice::from_ref(part), None, &x, Norm::None, &mut out);
+                }
+                best = best.min(started.elapsed().as_secs_f64());
             }
-            best = best.min(started.elapsed().as_secs_f64());
+            let memory = vec![1u64; 120 << 17];
+            let mut swept = f64::MAX;
+            for _ in 0..10 {
+                let started = std::time::Instant::now();
+                kernels.sweep(&memory);
+                swept = swept.min(started.elapsed().as_secs_f64());
+            }
+            let sweep = memory.len() as f64 * 8.0 / swept / 1e9;
+            println!(
+                "{threads} threads, {format:?}: {:.1} GB/s of {sweep:.1} GB/s, {:.2} us a product",
+                bytes as f64 / best / 1e9,
+                best / many.len() as f64 * 1e6
+            );
         }
-        let memory = vec![1u64; 120 << 17];
-        let mut swept = f64::MAX;
-        for _ in 0..10 {
-            let started = std::time::Instant::now();
-            kernels.sweep(&memory);
-            swept = swept.min(started.elapsed().as_secs_f64());
-        }
-        let sweep = memory.len() as f64 * 8.0 / swept / 1e9;
-        println!("{format:?}: {:.1} GB/s of {sweep:.1} GB/s, {:.2} us a product", bytes as f64 / best / 1e9, best / many.len() as f64 * 1e6);
     }
 }
 
@@ -301,4 +311,45 @@ fn speed_of_memory() {
 fn pools_may_be_of_any_size() {
     assert_eq!(Pool::new(0).threads(), 1);
     assert_eq!(Pool::new(3).threads(), 3);
+}
+
+/// What sharing costs: `… -- --ignored --nocapture speed_of_sharing`.
+#[test]
+#[ignore = "a measurement"]
+fn speed_of_sharing() {
+    for threads in [1, 2] {
+        let mut pool = Pool::new(threads);
+        for units in [1, 2, 16] {
+            for pause in [0u64, 2, 20] {
+                let mut total = 0.0;
+                for _ in 0..20 {
+                    let started = std::time::Instant::now();
+                    while started.elapsed().as_micros() < u128::from(pause) {}
+                    let started = std::time::Instant::now();
+                    pool.run(units, |unit| {
+                        std::hint::black_box(unit);
+                    });
+                    total += started.elapsed().as_secs_f64();
+                }
+                println!("{threads} threads, {units} units, after {pause} us: {:.2} us", total / 20_000.0 * 1e6);
+            }
+        }
+    }
+    for threads in [1, 2] {
+        for outputs in [16, 64, 256, 576] {
+            let (weights, _) = packed(Format::Q4_1, 576, outputs, 3);
+            let x = numbers(1, 576);
+            let mut out = vec![0.0; outputs];
+            let mut kernels = Kernels::new(InstructionSet::available()[0], threads);
+            let started = std::time::Instant::now();
+            for _ in 0..20_000 {
+                kernels.linear(std::slice::from_ref(&weights), None, &x, Norm::None, &mut out);
+            }
+            let each = started.elapsed().as_secs_f64() / 20_000.0 * 1e6;
+            println!(
+                "{threads} threads, 576 x {outputs}: {each:.2} us, {:.1} GB/s",
+                weights.shape().bytes().unwrap() as f64 / each / 1e3
+            );
+        }
+    }
 }

@@ -10,10 +10,6 @@ use crate::dequantize::Format;
 use super::pack::{BLOCK, Shape, SpanLayout};
 use super::simd::{LANES, Simd};
 
-/// How far ahead weights are asked for, in bytes.
-const AHEAD: usize = 3072;
-/// With more columns computing takes longer than fetching.
-const FEW_COLUMNS: usize = 2;
 /// The most columns of a group.
 pub(crate) const MOST_COLUMNS: usize = 8;
 /// Results of one tile: a row of lanes for each column.
@@ -55,21 +51,20 @@ pub(crate) unsafe fn tile<S: Simd>(shape: Shape, tile: *const u8, group: &Group,
 unsafe fn columns<S: Simd, const N: usize>(shape: Shape, tile: *const u8, group: &Group, out: &mut TileOut) {
     // SAFETY: as the caller's.
     unsafe {
-        let codes = tile.add(shape.scale_bytes());
         let spans = shape.inputs / SpanLayout::of(shape.format).inputs;
         let mut sums = [S::splat(0.0); N];
         match shape.format {
-            Format::Q4_0 => plain::<S, N, 4, false>(spans, tile, codes, group, &mut sums),
-            Format::Q4_1 => plain::<S, N, 4, true>(spans, tile, codes, group, &mut sums),
-            Format::Q5_0 => plain::<S, N, 5, false>(spans, tile, codes, group, &mut sums),
-            Format::Q5_1 => plain::<S, N, 5, true>(spans, tile, codes, group, &mut sums),
-            Format::Q8_0 => plain::<S, N, 8, false>(spans, tile, codes, group, &mut sums),
-            Format::Q4K => k_groups::<S, N, 4>(spans, tile, codes, group, &mut sums),
-            Format::Q5K => k_groups::<S, N, 5>(spans, tile, codes, group, &mut sums),
-            Format::Q6K => six_bits::<S, N>(spans, tile, codes, group, &mut sums),
-            Format::F16 => floats::<S, N, 0>(spans, codes, group, &mut sums),
-            Format::Bf16 => floats::<S, N, 1>(spans, codes, group, &mut sums),
-            Format::F32 => floats::<S, N, 2>(spans, codes, group, &mut sums),
+            Format::Q4_0 => plain::<S, N, 4, false>(spans, tile, group, &mut sums),
+            Format::Q4_1 => plain::<S, N, 4, true>(spans, tile, group, &mut sums),
+            Format::Q5_0 => plain::<S, N, 5, false>(spans, tile, group, &mut sums),
+            Format::Q5_1 => plain::<S, N, 5, true>(spans, tile, group, &mut sums),
+            Format::Q8_0 => plain::<S, N, 8, false>(spans, tile, group, &mut sums),
+            Format::Q4K => k_groups::<S, N, 4>(spans, tile, group, &mut sums),
+            Format::Q5K => k_groups::<S, N, 5>(spans, tile, group, &mut sums),
+            Format::Q6K => six_bits::<S, N>(spans, tile, group, &mut sums),
+            Format::F16 => floats::<S, N, 0>(spans, tile, group, &mut sums),
+            Format::Bf16 => floats::<S, N, 1>(spans, tile, group, &mut sums),
+            Format::F32 => floats::<S, N, 2>(spans, tile, group, &mut sums),
         }
         for (sum, out) in sums.iter().zip(out) {
             S::store(out.as_mut_ptr(), *sum);
@@ -147,18 +142,6 @@ unsafe fn halves<S: Simd>(codes: *const u8) -> [S::B; 8] {
     }
 }
 
-/// Asks for `bytes` of codes that will be wanted soon. With few columns the weights come from memory faster than the
-/// processor would fetch them by itself, as a tile is too short for it to learn the way.
-#[inline(always)]
-unsafe fn ahead<S: Simd, const N: usize>(codes: *const u8, bytes: usize) {
-    if N <= FEW_COLUMNS {
-        for line in (0..bytes).step_by(64) {
-            // SAFETY: nothing is read.
-            unsafe { S::prefetch(codes.wrapping_add(AHEAD + line)) };
-        }
-    }
-}
-
 /// Adds the products of `weights` (inputs from `4·from` on) to `sums`.
 #[inline(always)]
 unsafe fn dots<S: Simd, const N: usize, const J: usize, const SIGNED: bool>(
@@ -219,12 +202,12 @@ unsafe fn accumulate<S: Simd, const N: usize>(
 #[inline(always)]
 unsafe fn plain<S: Simd, const N: usize, const BITS: u32, const LEAST: bool>(
     spans: usize,
-    scales: *const u8,
-    codes: *const u8,
+    tile: *const u8,
     group: &Group,
     sums: &mut [S::F; N],
 ) {
-    let layout = BITS as usize * 64;
+    let scale_bytes = if LEAST { 64 } else { 32 };
+    let bytes = scale_bytes + BITS as usize * 64;
     let zero = match (BITS, LEAST) {
         (_, true) => 0,
         (8, _) => S::SIGNED_OFFSET,
@@ -233,9 +216,9 @@ unsafe fn plain<S: Simd, const N: usize, const BITS: u32, const LEAST: bool>(
     // SAFETY: as the caller's.
     unsafe {
         for block in 0..spans {
-            ahead::<S, N>(codes.add(block * layout), layout);
-            let weights = unpack::<S, BITS>(codes.add(block * layout));
-            let scales = scales.cast::<u16>().add(block * LANES * if LEAST { 2 } else { 1 });
+            let scales = tile.add(block * bytes);
+            let weights = unpack::<S, BITS>(scales.add(scale_bytes));
+            let scales = scales.cast::<u16>();
             let mut products = starts::<S, N>(zero, group, block);
             let x = group.codes.add(block * N * BLOCK);
             if BITS == 8 {
@@ -253,8 +236,7 @@ unsafe fn plain<S: Simd, const N: usize, const BITS: u32, const LEAST: bool>(
 #[inline(always)]
 unsafe fn k_groups<S: Simd, const N: usize, const BITS: u32>(
     spans: usize,
-    scales: *const u8,
-    codes: *const u8,
+    tile: *const u8,
     group: &Group,
     sums: &mut [S::F; N],
 ) {
@@ -262,13 +244,13 @@ unsafe fn k_groups<S: Simd, const N: usize, const BITS: u32>(
     // SAFETY: as the caller's.
     unsafe {
         for span in 0..spans {
-            let scales = scales.add(span * 320);
+            let scales = tile.add(span * (320 + 8 * layout));
+            let codes = scales.add(320);
             let scale = S::load_f16(scales.cast());
             let least = S::sub(S::splat(0.0), S::load_f16(scales.cast::<u16>().add(LANES)));
             for n in 0..8 {
                 let block = span * 8 + n;
-                ahead::<S, N>(codes.add(block * layout), layout);
-                let weights = unpack::<S, BITS>(codes.add(block * layout));
+                let weights = unpack::<S, BITS>(codes.add(n * layout));
                 let mut products = [S::splat_i32(0); N];
                 dots::<S, N, 8, false>(&weights, 0, group.codes.add(block * N * BLOCK), &mut products);
                 let fine = scales.add(64 + n * 2 * LANES);
@@ -282,22 +264,16 @@ unsafe fn k_groups<S: Simd, const N: usize, const BITS: u32>(
 
 /// `Q6_K`: for each 16 inputs a signed 8-bit scale, times that of the span.
 #[inline(always)]
-unsafe fn six_bits<S: Simd, const N: usize>(
-    spans: usize,
-    scales: *const u8,
-    codes: *const u8,
-    group: &Group,
-    sums: &mut [S::F; N],
-) {
+unsafe fn six_bits<S: Simd, const N: usize>(spans: usize, tile: *const u8, group: &Group, sums: &mut [S::F; N]) {
     // SAFETY: as the caller's.
     unsafe {
         for span in 0..spans {
-            let scales = scales.add(span * 288);
+            let scales = tile.add(span * (288 + 8 * 384));
+            let codes = scales.add(288);
             let scale = S::load_f16(scales.cast());
             for n in 0..8 {
                 let block = span * 8 + n;
-                ahead::<S, N>(codes.add(block * 384), 384);
-                let weights = unpack::<S, 6>(codes.add(block * 384));
+                let weights = unpack::<S, 6>(codes.add(n * 384));
                 for half in 0..2 {
                     let mut products = [S::splat_i32(0); N];
                     for (c, start) in products.iter_mut().enumerate() {

@@ -182,7 +182,6 @@ impl Hyperparameters {
             _ => self.window.is_none(),
         }
     }
-
 }
 
 fn read(keys: &Keys<'_>, family: Family) -> Result<Hyperparameters, GgufError> {

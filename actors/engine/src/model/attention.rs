@@ -85,9 +85,8 @@ fn on_device(
     if let Some((query, key)) = &layer.head_norms {
         (q, k) = (query.apply(q), key.apply(k));
     }
-    let angles = |values: &Vec<f32>| {
-        Tensor::<3>::from_data(TensorData::new(values.clone(), [rows, 1, rotated / 2]), &device)
-    };
+    let angles =
+        |values: &Vec<f32>| Tensor::<3>::from_data(TensorData::new(values.clone(), [rows, 1, rotated / 2]), &device);
     let (cosines, sines) = (angles(&step.angles.cosines), angles(&step.angles.sines));
     let q = rotate(q, &cosines, &sines, rotated) * attention_scale;
     let k = rotate(k, &cosines, &sines, rotated);

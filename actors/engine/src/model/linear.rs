@@ -54,8 +54,14 @@ pub(super) enum Linear {
 #[derive(Debug)]
 pub(super) enum Gated {
     /// `[in, 2 · width]`: gate, then up.
-    Dense { weight: Tensor<2>, width: usize },
-    Packed { gate: Packed, up: Packed },
+    Dense {
+        weight: Tensor<2>,
+        width: usize,
+    },
+    Packed {
+        gate: Packed,
+        up: Packed,
+    },
 }
 
 /// What computes beside burn, if this model is on the CPU.

@@ -142,9 +142,9 @@ impl Plan<'_> {
             text.push_str(&format!(" {:?} {:?}", piece.part, piece.shape));
         }
         // FNV-1a: it guards against mistakes, not against attackers, who could change the weights as well.
-        let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
+        let hash = text
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
         let mut head = [0; HEAD];
         head[..8].copy_from_slice(MAGIC);
         head[8..16].copy_from_slice(&hash.to_le_bytes());
@@ -180,7 +180,8 @@ impl Plan<'_> {
         file.sync_all()?;
         fs::rename(&part.path, &path)?;
         File::open(&cache.folder)?.sync_all()?;
-        open_packed(&path, &head, self.bytes)?.ok_or_else(|| io::Error::other("the packed file is not what was written"))
+        open_packed(&path, &head, self.bytes)?
+            .ok_or_else(|| io::Error::other("the packed file is not what was written"))
     }
 }
 

@@ -174,7 +174,8 @@ impl Weights {
 impl Weights {
     /// Bytes of all matrices, and multiplications of one token with those of the layers.
     pub fn sizes(&self, model: &Hyperparameters) -> (u64, u64) {
-        let of_parts = |parts: &[Packed]| -> u64 { parts.iter().map(|part| part.shape().bytes().unwrap_or(0) as u64).sum() };
+        let of_parts =
+            |parts: &[Packed]| -> u64 { parts.iter().map(|part| part.shape().bytes().unwrap_or(0) as u64).sum() };
         let linear = |linear: &Linear| match linear {
             Linear::Packed { parts, .. } => of_parts(parts),
             Linear::Dense { weight, .. } => weight.dims().iter().product::<usize>() as u64 * 4,

@@ -13,8 +13,8 @@ use ingle_protocol::wire::v1::{Accepted, ModelState, RefusalKind, Refused, Reque
 use tokio::sync::mpsc;
 
 use super::Wake;
-use super::checks::{check_extra, check_sampling, invalid, refuse};
 use super::blocks::Table;
+use super::checks::{check_extra, check_sampling, invalid, refuse};
 use super::heartbeat::Hearts;
 use super::output::{LastWord, Output};
 use super::sequence::{Sequence, Times};

@@ -173,7 +173,8 @@ impl Sequence {
     /// Sends the last frame and writes down what the request took. `Some` while the reader has to catch up.
     pub fn end(self, end: End) -> Option<Lingering> {
         self.log(&end);
-        let usage = Usage { prompt_tokens: self.prompt, cached_tokens: self.cached, completion_tokens: self.generated() };
+        let usage =
+            Usage { prompt_tokens: self.prompt, cached_tokens: self.cached, completion_tokens: self.generated() };
         match end {
             End::Finished(reason) => self.output.end(Answer::Finished(Finished { reason, usage })),
             End::Failed(kind, message) => {
