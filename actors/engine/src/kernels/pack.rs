@@ -14,7 +14,7 @@ use super::simd::LANES;
 /// Of tiles and of matrices.
 pub(crate) const ALIGNMENT: usize = 64;
 /// Names this layout in the cache of packed files: to be raised with every change of it.
-pub(crate) const LAYOUT: u32 = 1;
+pub(crate) const LAYOUT: u32 = 2;
 /// Inputs that share a scale of the activations.
 pub(crate) const BLOCK: usize = 32;
 
