@@ -296,6 +296,7 @@ impl Scheduler {
             self.engine.release(sequence.slot);
             self.free.push(sequence.slot);
             self.pool.release(&mut sequence.table);
+            self.starved = false;
             (sequence.computed, sequence.has_slot) = (0, false);
             // In front of those who came later.
             self.waiting.insert(0, sequence);
@@ -359,6 +360,7 @@ impl Scheduler {
             self.engine.release(sequence.slot);
             self.free.push(sequence.slot);
             self.pool.release(&mut sequence.table);
+            self.starved = false;
         }
         // Before the last frame goes out, so that whoever has it finds the slot free.
         self.shared.running.store(self.running.len() as u32, Ordering::Release);

@@ -86,6 +86,7 @@ impl PackedFile {
         let cannot = |why| EngineError::Open { path: gguf.path().into(), why };
         let mut map = MmapMut::map_anon(end).map_err(cannot)?;
         plan.fill(&mut map).map_err(damaged)?;
+        gguf.forget_pages();
         Ok(Self { bytes: Arc::new(Whole(map)), places })
     }
 
@@ -174,6 +175,7 @@ impl Plan<'_> {
         // SAFETY: nobody else knows this file's name.
         let mut map = unsafe { MmapMut::map_mut(&file)? };
         self.fill(&mut map).map_err(io::Error::other)?;
+        self.gguf.forget_pages();
         map[..HEAD].copy_from_slice(&head);
         map.flush()?;
         drop(map);
