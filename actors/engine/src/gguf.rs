@@ -224,13 +224,17 @@ impl Gguf {
     /// Gives back the memory of pages that were read and will hardly be read again. They come back when they are.
     pub(crate) fn forget_pages(&self) {
         #[cfg(unix)]
-        if let Bytes::Mapped(map) = &self.bytes {
-            #[allow(unsafe_code)]
-            // SAFETY: nobody wrote to the pages, so their content is the file's whenever they are read again.
-            let forgotten = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
-            if let Err(why) = forgotten {
-                tracing::debug!(%why, "the pages of the model file stay in memory");
+        match &self.bytes {
+            Bytes::Mapped(map) => {
+                #[allow(unsafe_code)]
+                // SAFETY: nobody wrote to the pages, so their content is the file's whenever they are read again.
+                let forgotten = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+                if let Err(why) = forgotten {
+                    tracing::debug!(%why, "the pages of the model file stay in memory");
+                }
             }
+            #[cfg(test)]
+            Bytes::Owned(_) => {}
         }
     }
 
