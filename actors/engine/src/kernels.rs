@@ -14,6 +14,8 @@ mod columns;
 mod float;
 mod heads;
 mod limits;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod pool;
 mod product;
