@@ -25,6 +25,8 @@ mod table;
 mod tile;
 
 #[cfg(test)]
+mod same_bits;
+#[cfg(test)]
 mod tests;
 
 pub use attention::KvType;
