@@ -14,6 +14,8 @@ mod columns;
 mod float;
 mod heads;
 mod limits;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod pack;
 mod pool;
 mod product;
@@ -22,6 +24,8 @@ mod simd;
 mod table;
 mod tile;
 
+#[cfg(test)]
+mod same_bits;
 #[cfg(test)]
 mod tests;
 

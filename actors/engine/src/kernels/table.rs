@@ -20,6 +20,9 @@ pub enum InstructionSet {
     /// x86-64 with AVX-512 and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    /// 64-bit ARM with NEON and its dot product.
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod,
 }
 
 /// The kernels of one instruction set. They may be called only on a processor that has it.
@@ -114,6 +117,10 @@ impl InstructionSet {
                 sets.push(Self::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("neon") && std::arch::is_aarch64_feature_detected!("dotprod") {
+            sets.push(Self::NeonDotprod);
+        }
         sets.push(Self::Portable);
         sets
     }
@@ -126,6 +133,8 @@ impl InstructionSet {
             Self::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => "avx512-vnni",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod => "neon-dotprod",
         }
     }
 
@@ -136,6 +145,8 @@ impl InstructionSet {
             Self::Avx2 => kernels!(super::avx2::Avx2, "avx2,fma,f16c"),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => kernels!(super::avx512::Avx512, "avx512f,avx512bw,avx512vnni,avx2,fma,f16c"),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDotprod => kernels!(super::neon::Neon, "neon,dotprod"),
         }
     }
 }

@@ -23,7 +23,7 @@ pub(crate) const FORMATS: [Format; 11] = [
 ];
 
 /// Numbers within ±1 from a seed.
-fn numbers(seed: u32, count: usize) -> Vec<f32> {
+pub(super) fn numbers(seed: u32, count: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -55,7 +55,7 @@ fn stored_row(format: Format, inputs: usize, seed: u32) -> Vec<u8> {
     bytes
 }
 
-fn packed(format: Format, inputs: usize, outputs: usize, seed: u32) -> (Packed, Vec<Vec<f32>>) {
+pub(super) fn packed(format: Format, inputs: usize, outputs: usize, seed: u32) -> (Packed, Vec<Vec<f32>>) {
     let shape = Shape { format, inputs, outputs };
     let rows: Vec<Vec<u8>> = (0..outputs).map(|n| stored_row(format, inputs, seed + n as u32)).collect();
     let mut bytes = vec![0u8; shape.bytes().unwrap()];
