@@ -17,6 +17,7 @@ mod limits;
 mod pack;
 mod pool;
 mod product;
+mod rows;
 mod scalar;
 mod simd;
 mod table;

@@ -23,7 +23,7 @@ pub(crate) const FORMATS: [Format; 11] = [
 ];
 
 /// Numbers within ±1 from a seed.
-fn numbers(seed: u32, count: usize) -> Vec<f32> {
+pub(super) fn numbers(seed: u32, count: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -230,7 +230,7 @@ proptest! {
 }
 
 /// The same bits; zeros may differ in their sign.
-fn same(a: &[f32], b: &[f32]) -> bool {
+pub(super) fn same(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a == b || a.to_bits() == b.to_bits())
 }
 
