@@ -1,5 +1,7 @@
 //! Functions of single numbers, the same bits on every processor.
 
+#![allow(clippy::excessive_precision)] // coefficients with the digits of their sources
+
 use super::simd::{ROUND, Simd};
 
 /// Smaller arguments give 0.

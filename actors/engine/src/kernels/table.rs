@@ -24,6 +24,7 @@ pub enum InstructionSet {
 
 /// The kernels of one instruction set. They may be called only on a processor that has it.
 #[derive(Debug, Clone, Copy)]
+#[allow(clippy::type_complexity)] // a kernel takes slices and numbers, and needs no type for each set of them
 pub(crate) struct Table {
     pub columns: usize,
     pub tile: unsafe fn(Shape, *const u8, &Group, &mut TileOut),
