@@ -10,7 +10,7 @@ use crate::logging::LogFormat;
 
 mod models;
 
-pub use models::{EvaluateModels, Models, ModelsCommand, QuantizeModel};
+pub use models::{EmbedTexts, EvaluateModels, Models, ModelsCommand, QuantizeModel};
 
 /// The machines of a home or small office as one private AI assistant.
 ///

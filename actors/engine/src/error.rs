@@ -33,6 +33,26 @@ pub enum EngineError {
         /// What would be supported.
         hint: String,
     },
+    /// The model is for something else.
+    #[error("{}: this is {is}: {hint}", path.display())]
+    Purpose {
+        /// The model file.
+        path: PathBuf,
+        /// What it is and what was expected.
+        is: String,
+        /// What to do.
+        hint: String,
+    },
+    /// A text that cannot be embedded; the fault of whoever sent it.
+    #[error("text {number} of {count} cannot be embedded: {why}")]
+    Text {
+        /// Which one, from 1 on.
+        number: usize,
+        /// Texts in all.
+        count: usize,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The tokenizer in the file does not work.
     #[error("{}: its tokenizer cannot be built: {why}", path.display())]
     Tokenizer {

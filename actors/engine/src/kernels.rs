@@ -19,6 +19,7 @@ mod neon;
 mod pack;
 mod pool;
 mod product;
+mod rows;
 mod scalar;
 mod simd;
 mod table;

@@ -2,8 +2,8 @@
 //! tensors; it knows neither actors nor the network.
 //!
 //! From the top: [`Engine`] takes requests and sends frames; its scheduler thread drives a [`StepEngine`] one
-//! step at a time; [`model`] and [`echo`] are the two of them. [`gguf`], [`text`] and [`dequantize`] read what is
-//! in a model file.
+//! step at a time; [`model`] and [`echo`] are the two of them. An [`Encoder`] stands beside all that: it turns texts
+//! into embeddings. [`gguf`], [`text`] and [`dequantize`] read what is in a model file.
 //!
 //! ```text
 //! submit ─▶ intake thread          ─▶ scheduler thread ─▶ StepEngine (model on cpu | wgpu, or echo)
@@ -14,6 +14,7 @@
 pub mod bench;
 pub mod dequantize;
 pub mod echo;
+pub mod encoder;
 pub mod gguf;
 pub mod huggingface;
 pub mod model;
@@ -35,6 +36,7 @@ mod snapshot;
 mod spec;
 mod step_engine;
 
+pub use encoder::Encoder;
 pub use engine::Engine;
 pub use error::EngineError;
 pub use inspect::{ModelSummary, inspect};

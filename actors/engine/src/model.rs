@@ -27,9 +27,9 @@ pub(crate) mod architecture;
 mod attention;
 mod kv;
 mod linear;
-mod packed_file;
+pub(crate) mod packed_file;
 mod rotary;
-mod weights;
+pub(crate) mod weights;
 
 #[cfg(test)]
 mod tests;

@@ -26,4 +26,6 @@ pub use source::{SourceError, SourceSettings};
 pub use store::{FetchError, ModelStore, StoreError, default_dir};
 
 /// Model files in other formats, and how good they are: the engine's own, for those above.
-pub use ingle_engine::{InstructionSet, ModelOptions, ModelSummary, PackedCache, bench, inspect, perplexity, quantize};
+pub use ingle_engine::{
+    Encoder, InstructionSet, ModelOptions, ModelSummary, PackedCache, bench, inspect, perplexity, quantize,
+};

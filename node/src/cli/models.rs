@@ -26,6 +26,11 @@ pub enum ModelsCommand {
     /// Perplexity says how surprised a model is by a text; lower is better. The text is cut into windows of
     /// --context tokens, and each token but the first of a window is predicted from those before it in the window.
     Eval(EvaluateModels),
+    /// Turn texts into embeddings with an embedding model (BERT)
+    ///
+    /// An embedding is a list of numbers of length 1: the closer two texts are in meaning, the closer to 1 is the
+    /// cosine of their embeddings. Prints the first numbers of each, and with --json all of them.
+    Embed(EmbedTexts),
 }
 
 /// Options of `ingle models quantize`.
@@ -63,6 +68,20 @@ pub struct EvaluateModels {
     /// Tokens of a window
     #[arg(long, value_name = "TOKENS", default_value_t = 256)]
     pub context: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle models embed`.
+#[derive(Debug, Args)]
+pub struct EmbedTexts {
+    /// An embedding model: a GGUF file
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    /// Texts, each quoted
+    #[arg(value_name = "TEXT", required = true)]
+    pub texts: Vec<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

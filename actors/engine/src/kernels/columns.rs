@@ -217,3 +217,36 @@ pub(crate) unsafe fn rms_norm<S: Simd>(x: &[f32], weight: &[f32], epsilon: f32, 
         }
     }
 }
+
+/// `out = (x − mean(x)) / √(mean((x − mean(x))²) + ε) · weight + bias`: Ba, Kiros and Hinton 2016. All four slices have
+/// one row's numbers.
+#[inline(always)]
+pub(crate) unsafe fn layer_norm<S: Simd>(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]) {
+    assert!(weight.len() >= x.len() && bias.len() >= x.len() && out.len() >= x.len());
+    // SAFETY: whole vectors are loaded and stored within slices that are at least as long as `x`.
+    unsafe {
+        let whole = x.len() / LANES * LANES;
+        let mut sums = S::splat(0.0);
+        for n in (0..whole).step_by(LANES) {
+            sums = S::add(sums, S::load(x.as_ptr().add(n)));
+        }
+        let mean = x[whole..].iter().fold(S::sum(sums), |sum, x| sum + x) / x.len() as f32;
+        let means = S::splat(mean);
+        let mut squares = S::splat(0.0);
+        for n in (0..whole).step_by(LANES) {
+            let centred = S::sub(S::load(x.as_ptr().add(n)), means);
+            squares = S::fma(centred, centred, squares);
+        }
+        let sum = x[whole..].iter().fold(S::sum(squares), |sum, x| (x - mean).mul_add(x - mean, sum));
+        let scale = 1.0 / (sum / x.len() as f32 + epsilon).sqrt();
+        let scales = S::splat(scale);
+        for n in (0..whole).step_by(LANES) {
+            let centred = S::mul(S::sub(S::load(x.as_ptr().add(n)), means), scales);
+            let normed = S::fma(centred, S::load(weight.as_ptr().add(n)), S::load(bias.as_ptr().add(n)));
+            S::store(out.as_mut_ptr().add(n), normed);
+        }
+        for n in whole..x.len() {
+            out[n] = ((x[n] - mean) * scale).mul_add(weight[n], bias[n]);
+        }
+    }
+}

@@ -1,5 +1,7 @@
 //! Functions of single numbers, the same bits on every processor.
 
+#![allow(clippy::excessive_precision)] // coefficients with the digits of their sources
+
 use super::simd::{ROUND, Simd};
 
 /// Smaller arguments give 0.
@@ -44,5 +46,29 @@ pub(crate) unsafe fn gelu_tanh<S: Simd>(x: S::F) -> S::F {
         let inner = S::fma(S::mul(S::mul(x, x), S::splat(0.044_715)), x, x);
         let e = exp::<S>(S::mul(inner, S::splat(-1.595_769_1)));
         S::div(x, S::add(S::splat(1.0), e))
+    }
+}
+
+/// Coefficients of Abramowitz and Stegun's formula 7.1.26, the highest first.
+const ERFC: [f32; 5] = [1.061_405_4, -1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6];
+
+/// GELU with the error function (Hendrycks and Gimpel 2016), ½x·(1 + erf(x/√2)), with an error below 10⁻⁶.
+///
+/// For y = |x|/√2, erfc(y) is e^(−y²) times a polynomial of 1/(1 + 0.3275911·y) (Abramowitz and Stegun 7.1.26, error
+/// 1.5·10⁻⁷). With it GELU is max(x, 0) − ½|x|·erfc(y), where nothing cancels for negative x.
+#[inline(always)]
+pub(crate) unsafe fn gelu_erf<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: as above.
+    unsafe {
+        let size = S::max(x, S::sub(S::splat(0.0), x));
+        let y = S::mul(size, S::splat(std::f32::consts::FRAC_1_SQRT_2));
+        let t = S::div(S::splat(1.0), S::fma(y, S::splat(0.327_591_1), S::splat(1.0)));
+        let mut p = S::splat(0.0);
+        for coefficient in ERFC {
+            p = S::fma(p, t, S::splat(coefficient));
+        }
+        let e = exp::<S>(S::sub(S::splat(0.0), S::mul(y, y)));
+        let outside = S::mul(S::mul(p, t), e);
+        S::sub(S::max(x, S::splat(0.0)), S::mul(S::mul(size, S::splat(0.5)), outside))
     }
 }

@@ -110,15 +110,15 @@ impl Kernels {
     /// `out = norm(x) · weights (+ bias)`, the parts' outputs side by side. `x` is `[rows, inputs]`, `out`
     /// `[rows, outputs]`; all parts have the same inputs.
     pub fn linear(&mut self, parts: &[Packed], bias: Option<&[f32]>, x: &[f32], norm: Norm<'_>, out: &mut [f32]) {
-        self.into_target(parts, bias, x, norm, out, Target::Store);
+        self.multiply(parts, bias, x, norm, out, Target::Store);
     }
 
     /// `out += x · weights (+ bias)`.
     pub fn linear_add(&mut self, weights: &Packed, bias: Option<&[f32]>, x: &[f32], out: &mut [f32]) {
-        self.into_target(std::slice::from_ref(weights), bias, x, Norm::None, out, Target::Add);
+        self.multiply(std::slice::from_ref(weights), bias, x, Norm::None, out, Target::Add);
     }
 
-    fn into_target(
+    fn multiply(
         &mut self,
         parts: &[Packed],
         bias: Option<&[f32]>,

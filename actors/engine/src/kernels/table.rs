@@ -7,7 +7,7 @@ use super::pack::Shape;
 use super::product::Activation;
 use super::simd::Simd;
 use super::tile::{Group, TileOut};
-use super::{attention, columns, heads, limits, product, scalar, tile};
+use super::{attention, columns, heads, limits, product, rows, scalar, tile};
 
 /// Instructions that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,11 +27,14 @@ pub enum InstructionSet {
 
 /// The kernels of one instruction set. They may be called only on a processor that has it.
 #[derive(Debug, Clone, Copy)]
+#[allow(clippy::type_complexity)] // a kernel takes slices and numbers, and needs no type for each set of them
 pub(crate) struct Table {
     pub columns: usize,
     pub tile: unsafe fn(Shape, *const u8, &Group, &mut TileOut),
     pub fill_row: unsafe fn(&Sink<'_>, usize, &[f32], Norm<'_>, &mut [f32]),
     pub rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    pub layer_norm: unsafe fn(&[f32], &[f32], &[f32], f32, &mut [f32]),
+    pub gelu: unsafe fn(&mut [f32]),
     pub gate: unsafe fn(Activation, &mut TileOut, &TileOut, usize),
     pub prepare_head: unsafe fn(&mut [f32], Option<(&[f32], f32)>, &Rotation<'_>, f32),
     pub write: unsafe fn(KvLayout, *mut u8, usize, usize, *const f32, *const f32),
@@ -54,6 +57,14 @@ macro_rules! kernels {
         $(#[target_feature(enable = $features)])?
         unsafe fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
             unsafe { columns::rms_norm::<$set>(x, weight, epsilon, out) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32, out: &mut [f32]) {
+            unsafe { columns::layer_norm::<$set>(x, weight, bias, epsilon, out) }
+        }
+        $(#[target_feature(enable = $features)])?
+        unsafe fn gelu(x: &mut [f32]) {
+            unsafe { rows::gelu::<$set>(x) }
         }
         $(#[target_feature(enable = $features)])?
         unsafe fn gate(activation: Activation, gate: &mut TileOut, up: &TileOut, width: usize) {
@@ -89,6 +100,8 @@ macro_rules! kernels {
             tile: tile_,
             fill_row,
             rms_norm,
+            layer_norm,
+            gelu,
             gate,
             prepare_head,
             write,

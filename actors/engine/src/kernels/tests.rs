@@ -230,7 +230,7 @@ proptest! {
 }
 
 /// The same bits; zeros may differ in their sign.
-fn same(a: &[f32], b: &[f32]) -> bool {
+pub(super) fn same(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a == b || a.to_bits() == b.to_bits())
 }
 

@@ -26,6 +26,9 @@ const FAMILIES: [(&str, Family); 5] = [
     ("phi3", Family::Phi3),
 ];
 
+/// Models that turn texts into numbers.
+const EMBEDDING: [&str; 1] = ["bert"];
+
 /// Every so many layers of Gemma 3 there is one that sees everything.
 const GEMMA_PERIOD: usize = 6;
 /// Base of the rotary frequencies in Gemma 3's windowed layers.
@@ -79,17 +82,20 @@ pub struct Hyperparameters {
 /// The most of anything; keeps products of two far from overflow. Real models stay below 2^18.
 const MOST: u32 = 1 << 24;
 
-struct Keys<'a> {
-    gguf: &'a Gguf,
-    architecture: &'a str,
+/// Reads metadata under an architecture's prefix.
+pub(crate) struct Keys<'a> {
+    pub gguf: &'a Gguf,
+    pub architecture: &'a str,
 }
 
 impl Keys<'_> {
-    fn key(&self, name: &str) -> String {
+    /// The whole name of a key.
+    pub fn key(&self, name: &str) -> String {
         format!("{}.{name}", self.architecture)
     }
 
-    fn optional(&self, name: &str) -> Result<Option<usize>, GgufError> {
+    /// A number from 1 to [`MOST`], if there is one.
+    pub fn optional(&self, name: &str) -> Result<Option<usize>, GgufError> {
         let key = self.key(name);
         match self.gguf.number(&key)? {
             Some(number) if number == 0 || number > MOST => {
@@ -99,12 +105,13 @@ impl Keys<'_> {
         }
     }
 
-    fn required(&self, name: &str) -> Result<usize, GgufError> {
+    /// A number from 1 to [`MOST`].
+    pub fn required(&self, name: &str) -> Result<usize, GgufError> {
         self.optional(name)?.ok_or_else(|| GgufError::Missing(self.key(name)))
     }
 
     /// A number above 0.
-    fn positive(&self, name: &str) -> Result<Option<f32>, GgufError> {
+    pub fn positive(&self, name: &str) -> Result<Option<f32>, GgufError> {
         let key = self.key(name);
         match self.gguf.float(&key)? {
             Some(number) if !number.is_finite() || number <= 0.0 => {
@@ -113,6 +120,11 @@ impl Keys<'_> {
             number => Ok(number),
         }
     }
+}
+
+/// Whether models of this architecture chat.
+pub(crate) fn chats(architecture: &str) -> bool {
+    FAMILIES.iter().any(|(name, _)| *name == architecture)
 }
 
 /// The name of the architecture.
@@ -128,6 +140,12 @@ impl Hyperparameters {
         let unsupported =
             |what: String, hint: &str| EngineError::Unsupported { path: path.into(), what, hint: hint.into() };
         let architecture = architecture(gguf).map_err(damaged)?;
+        if EMBEDDING.contains(&architecture) {
+            let is = format!("an embedding model (architecture {architecture:?}), not a chat model");
+            let hint =
+                "it turns texts into numbers and cannot answer: try `ingle models embed`, or choose a chat model";
+            return Err(EngineError::Purpose { path: path.into(), is, hint: hint.into() });
+        }
         let Some((_, family)) = FAMILIES.iter().find(|(name, _)| *name == architecture) else {
             let what = format!("the architecture {architecture:?}");
             return Err(unsupported(what, "\"llama\", \"qwen2\", \"qwen3\", \"gemma3\" and \"phi3\" are"));

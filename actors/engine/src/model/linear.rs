@@ -43,6 +43,7 @@ impl RmsNorm {
 
 /// A product with weights.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // some dozen of them live in a model, and never move
 pub(super) enum Linear {
     /// `[in, out]` and `[1, out]`.
     Dense { weight: Tensor<2>, bias: Option<Tensor<2>> },

@@ -26,7 +26,7 @@ const HEAD: usize = 64;
 
 /// A matrix that is to be packed.
 #[derive(Debug)]
-pub(super) struct Piece {
+pub(crate) struct Piece {
     pub part: Part,
     pub shape: Shape,
 }
@@ -39,7 +39,7 @@ fn key(part: &Part) -> Key {
 }
 
 /// All packed matrices of a model.
-pub(super) struct PackedFile {
+pub(crate) struct PackedFile {
     bytes: Arc<dyn AsRef<[u8]> + Send + Sync>,
     places: HashMap<Key, (Shape, usize)>,
 }

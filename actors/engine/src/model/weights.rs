@@ -44,7 +44,7 @@ pub(super) struct Weights {
 
 /// In which order the rows of a stored matrix become outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Order {
+pub(crate) enum Order {
     AsStored,
     /// Within each head, the rows 0, 2, 4 … first, then 1, 3, 5 …
     Pairs {
@@ -67,7 +67,7 @@ impl Order {
 
 /// Some rows of a stored matrix that become outputs.
 #[derive(Debug, Clone)]
-pub(super) struct Part {
+pub(crate) struct Part {
     /// Without `.weight`.
     pub name: String,
     pub inputs: usize,
@@ -79,7 +79,7 @@ pub(super) struct Part {
 }
 
 impl Part {
-    fn whole(name: String, inputs: usize, outputs: usize) -> Self {
+    pub(crate) fn whole(name: String, inputs: usize, outputs: usize) -> Self {
         Self { name, inputs, stored: outputs, first: 0, outputs, order: Order::AsStored }
     }
 }
@@ -194,13 +194,15 @@ impl Weights {
     }
 }
 
-fn piece(gguf: &Gguf, part: Part) -> Result<Piece, GgufError> {
+/// A part with the format that its file has; refused where the stored matrix has other sizes.
+pub(crate) fn piece(gguf: &Gguf, part: Part) -> Result<Piece, GgufError> {
     let info = check(gguf, &format!("{}.weight", part.name), &[part.inputs, part.stored])?;
     let format = Format::of(info)?;
     Ok(Piece { shape: Shape { format, inputs: part.inputs, outputs: part.outputs }, part })
 }
 
-fn check<'a>(gguf: &'a Gguf, name: &str, sizes: &[usize]) -> Result<&'a TensorInfo, GgufError> {
+/// A tensor that must have these sizes.
+pub(crate) fn check<'a>(gguf: &'a Gguf, name: &str, sizes: &[usize]) -> Result<&'a TensorInfo, GgufError> {
     let info = gguf.tensor(name)?;
     let expected = sizes.iter().map(|size| *size as u64);
     if !info.dimensions.iter().copied().eq(expected) {
@@ -253,6 +255,16 @@ fn refuse_unknown_tensors(gguf: &Gguf, model: &Hyperparameters) -> Result<(), En
     }
 }
 
+/// All numbers of a tensor that must have these sizes.
+pub(crate) fn values(gguf: &Gguf, name: &str, sizes: &[usize]) -> Result<Vec<f32>, GgufError> {
+    let info = check(gguf, name, sizes)?;
+    // The file has the bytes of this many, or is refused.
+    let bytes = gguf.tensor_bytes(info)?;
+    let mut values = vec![0.0; sizes.iter().product()];
+    Format::of(info)?.dequantize(bytes, &mut values);
+    Ok(values)
+}
+
 struct Loader<'a> {
     gguf: &'a Gguf,
     device: &'a Device,
@@ -300,15 +312,8 @@ impl Loader<'_> {
         })
     }
 
-    fn values(&self, name: &str, size: usize) -> Result<Vec<f32>, GgufError> {
-        let info = check(self.gguf, name, &[size])?;
-        let mut values = vec![0.0; size];
-        Format::of(info)?.dequantize(self.gguf.tensor_bytes(info)?, &mut values);
-        Ok(values)
-    }
-
     fn norm(&self, name: &str, size: usize, epsilon: f32) -> Result<RmsNorm, GgufError> {
-        Ok(RmsNorm::new(self.values(name, size)?, epsilon, self.device))
+        Ok(RmsNorm::new(values(self.gguf, name, &[size])?, epsilon, self.device))
     }
 
     /// The parts' biases side by side; `None` where no part has one.
@@ -319,7 +324,7 @@ impl Loader<'_> {
         }
         let mut all = Vec::new();
         for part in parts {
-            let stored = self.values(&name(part), part.stored)?;
+            let stored = values(self.gguf, &name(part), &[part.stored])?;
             all.extend((0..part.outputs).map(|n| stored[part.first + part.order.row(n)]));
         }
         Ok(Some(all))

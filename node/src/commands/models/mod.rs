@@ -1,5 +1,6 @@
 //! `ingle models`: model files in other formats, and what that costs.
 
+mod embed;
 mod eval;
 mod progress;
 mod quantize;
@@ -22,6 +23,7 @@ pub async fn run(settings: &Settings, models: Models) -> anyhow::Result<()> {
     match models.command {
         ModelsCommand::Quantize(options) => quantize::run(settings, options).await,
         ModelsCommand::Eval(options) => eval::run(settings, options).await,
+        ModelsCommand::Embed(options) => embed::run(settings, options).await,
     }
 }
 
