@@ -96,11 +96,16 @@ fn parts<const N: usize>(data: &[u8]) -> [&[u8]; N] {
     std::array::from_fn(|_| parts.next().unwrap_or_default())
 }
 
+/// Where [`folder`] writes. Files are mapped there, so no two threads may share it.
+fn folder_of_this_thread() -> std::path::PathBuf {
+    std::env::temp_dir().join(format!("ingle-fuzz-{}-{:?}", std::process::id(), std::thread::current().id()))
+}
+
 /// A model folder: `config.json`, `tokenizer.json`, `tokenizer_config.json` and the head of a safetensors file, with
 /// zeros behind it as weights.
 pub fn folder(data: &[u8]) {
     let [config, tokenizer, settings, head] = parts(data);
-    let folder = std::env::temp_dir().join(format!("ingle-fuzz-{}", std::process::id()));
+    let folder = folder_of_this_thread();
     let put = |name: &str, bytes: &[&[u8]]| std::fs::write(folder.join(name), bytes.concat()).is_ok();
     let weights = vec![0; 16 << 10];
     let written = std::fs::create_dir_all(&folder).is_ok()
