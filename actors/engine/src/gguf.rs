@@ -123,7 +123,7 @@ pub struct Gguf {
 #[derive(Debug)]
 enum Bytes {
     Mapped(Mmap),
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzz"))]
     Owned(Vec<u8>),
 }
 
@@ -132,7 +132,7 @@ impl std::ops::Deref for Bytes {
     fn deref(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "fuzz"))]
             Self::Owned(bytes) => bytes,
         }
     }
@@ -155,7 +155,7 @@ impl Gguf {
     }
 
     /// Reads a file that is in memory.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzz"))]
     pub(crate) fn from_bytes(bytes: Vec<u8>) -> Result<Self, GgufError> {
         Self::parse(Path::new("memory.gguf"), Bytes::Owned(bytes))
     }

@@ -2,7 +2,7 @@
 //! that llama.cpp's `convert_hf_to_gguf.py` would make of it: the same tensor names, the same metadata keys, the same
 //! changes to weights. What cannot be converted is refused by name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
 use std::ops::Range;
@@ -116,25 +116,7 @@ fn open_weights(path: &Path) -> Result<Safetensors, ConvertError> {
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, ConvertError> {
     let index = folder.join("model.safetensors.index.json");
     if index.is_file() {
-        let value = read_json(&index)?;
-        let damaged = |why: String| ConvertError::Damaged { path: index.clone(), what: "weight_map".into(), why };
-        let map = value.get("weight_map").and_then(Value::as_object);
-        let map = map.ok_or_else(|| damaged("it is missing".into()))?;
-        let mut names: Vec<&str> = Vec::new();
-        for (tensor, file) in map {
-            let file = file.as_str().ok_or_else(|| damaged(format!("the file of {tensor} is no text")))?;
-            // Not out of the folder.
-            if Path::new(file).file_name() != Some(file.as_ref()) {
-                return Err(damaged(format!("the file of {tensor} is {file:?}, which is no plain file name")));
-            }
-            if !names.contains(&file) {
-                names.push(file);
-            }
-            if names.len() > MAX_SHARDS {
-                return Err(damaged(format!("it names more than {MAX_SHARDS} files")));
-            }
-        }
-        names.sort_unstable();
+        let names = shards(&index, &read_json(&index)?)?;
         return Ok(names.into_iter().map(|name| folder.join(name)).collect());
     }
     let single = folder.join("model.safetensors");
@@ -153,6 +135,26 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, ConvertError> {
         0 => unsupported("a folder without *.safetensors", "older *.bin files can be saved anew as safetensors first"),
         _ => unsupported("a folder with several *.safetensors and no index", "name one of the files"),
     }
+}
+
+/// The files that an index names, each once.
+pub(crate) fn shards(index: &Path, value: &Value) -> Result<Vec<String>, ConvertError> {
+    let damaged = |why: String| ConvertError::Damaged { path: index.into(), what: "weight_map".into(), why };
+    let map = value.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| damaged("it is missing".into()))?;
+    let mut names = BTreeSet::new();
+    for (tensor, file) in map {
+        let file = file.as_str().ok_or_else(|| damaged(format!("the file of {tensor} is no text")))?;
+        // Not out of the folder.
+        if Path::new(file).file_name() != Some(file.as_ref()) {
+            return Err(damaged(format!("the file of {tensor} is {file:?}, which is no plain file name")));
+        }
+        names.insert(file);
+        if names.len() > MAX_SHARDS {
+            return Err(damaged(format!("it names more than {MAX_SHARDS} files")));
+        }
+    }
+    Ok(names.into_iter().map(ToString::to_string).collect())
 }
 
 /// Reads a file of JSON of bounded length.

@@ -26,6 +26,8 @@ pub mod text;
 mod device;
 mod engine;
 mod error;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod inspect;
 #[allow(unsafe_code)] // intrinsics, and threads that write parts of one slice
 mod kernels;

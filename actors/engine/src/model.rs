@@ -97,11 +97,14 @@ impl Model {
         let context_length = options.context_length.unwrap_or(own).min(own).max(2);
         let layout = KvLayout { kind: options.kv_type, heads: kv_heads, size: head_size };
         let for_one = context_length.div_ceil(KV_BLOCK as u32);
-        let block_bytes = (layers * layout.block_bytes()) as u64;
+        // Sizes of 2²⁴ are still only the file's word here: no product of three of them may overflow.
+        let of_layer = layout.block_bytes() as u64;
+        let block_bytes = of_layer.saturating_mul(layers as u64);
         let affordable = options.kv_memory.map_or(u64::MAX, |bytes| bytes / block_bytes.max(1));
         // One sequence must always fit, or a full context could never be answered.
-        let blocks = u64::from(for_one * slots).min(affordable).max(for_one.into()) as u32;
-        crate::memory::refuse_too_large(&gguf, u64::from(blocks) * block_bytes)?;
+        let all = u64::from(for_one).saturating_mul(slots.into()).min(u32::MAX.into());
+        let blocks = all.min(affordable).max(for_one.into()) as u32;
+        crate::memory::refuse_too_large(&gguf, block_bytes.saturating_mul(blocks.into()))?;
         let weights = Weights::load(&gguf, &hyperparameters, &device, options.packed_cache.as_ref())?;
         let damaged = |why| EngineError::Gguf { path: gguf.path().into(), why };
         let embedding = gguf.tensor("token_embd.weight").and_then(Format::of).map_err(damaged)?;

@@ -87,7 +87,7 @@ pub struct Safetensors {
 #[derive(Debug)]
 enum Bytes {
     Mapped(Mmap),
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzz"))]
     Owned(Vec<u8>),
 }
 
@@ -96,7 +96,7 @@ impl std::ops::Deref for Bytes {
     fn deref(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "fuzz"))]
             Self::Owned(bytes) => bytes,
         }
     }
@@ -169,7 +169,7 @@ impl Safetensors {
     }
 
     /// Reads a file that is in memory.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzz"))]
     pub(crate) fn from_bytes(bytes: Vec<u8>) -> Result<Self, SafetensorsError> {
         Self::parse(Path::new("memory.safetensors"), Bytes::Owned(bytes))
     }

@@ -232,6 +232,15 @@ fn a_token_with_all_that_may_come_with_it_fits() {
     assert!(encode(&token).is_ok());
 }
 
+/// Found by the fuzzer: 20 MB of room for a text of a report of 22 bytes.
+#[test]
+fn a_short_frame_cannot_claim_much() {
+    let long_text = [&[8, 9][..], &[0xfc], &(19u32 << 20).to_le_bytes(), b"text"].concat();
+    let frame = Frame { kind: NotWelcome::KIND, body: [&[0xfc][..], &long_text[3..]].concat().into() };
+    let error = frame.decode::<NotWelcome>().unwrap_err();
+    assert!(error.to_string().contains("imit"), "{error}");
+}
+
 proptest! {
     #[test]
     fn no_bytes_make_the_decoder_panic(kind: u8, body in proptest::collection::vec(any::<u8>(), 0..512)) {

@@ -6,8 +6,10 @@ use serde_json::{Map, Value};
 
 use crate::quantize::ConvertError;
 
-/// The most of anything; keeps products far from overflow.
-const MOST: u64 = 1 << 32;
+/// The most of anything, as in the loader of GGUF files; keeps products far from overflow.
+const MOST: u64 = (1 << 24) + 1;
+/// The widest head; tables as long as half of it are computed. Real ones have up to 256.
+const MOST_HEAD: u32 = 1 << 16;
 
 /// A model's configuration.
 #[derive(Debug)]
@@ -78,7 +80,7 @@ impl Config {
         ConvertError::Unsupported { path: self.path.clone(), what, hint: hint.into() }
     }
 
-    /// A whole number from 1 to 2³² − 1 under one of these names.
+    /// A whole number from 1 to 2²⁴ under one of these names.
     pub fn number(&self, keys: &[&str]) -> Result<Option<u32>, ConvertError> {
         let Some((key, value)) = keys.iter().find_map(|key| Some((key, self.get(key)?))) else { return Ok(None) };
         match value.as_u64().filter(|number| (1..MOST).contains(number)) {
@@ -125,6 +127,9 @@ impl Config {
     /// Width of a head: given, or what is left for each.
     pub fn head_size(&self) -> Result<u32, ConvertError> {
         let heads = self.need(&["num_attention_heads"])?;
-        Ok(self.number(&["head_dim"])?.unwrap_or(self.need(&["hidden_size"])? / heads))
+        match self.number(&["head_dim"])?.unwrap_or(self.need(&["hidden_size"])? / heads) {
+            size if size > MOST_HEAD => Err(self.damaged("head_dim", format!("heads of width {size}"))),
+            size => Ok(size),
+        }
     }
 }

@@ -273,3 +273,19 @@ proptest! {
         let _ = converted(folder.path());
     }
 }
+
+/// Found by reading for the fuzzer: each made room for gigabytes.
+#[test]
+fn what_a_small_configuration_says_costs_little() {
+    let (folder, config, _) = llama();
+    for (key, value) in
+        [("vocab_size", json!(1 << 22)), ("head_dim", json!(1 << 24)), ("hidden_size", json!(1u64 << 31))]
+    {
+        let mut config = config.clone();
+        config[key] = value;
+        config["rope_scaling"] = json!({"rope_type": "llama3"});
+        put(&folder, "config.json", &config);
+        let error = HuggingFace::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(key), "{error}");
+    }
+}

@@ -16,6 +16,8 @@ use crate::quantize::ConvertError;
 
 /// The most tokens; real vocabularies stay below 2^19.
 const MAX_TOKENS: u64 = 1 << 22;
+/// The most tokens that a model has more than its tokenizer, to fill up; real ones have some thousand.
+const MAX_PADDING: u64 = 1 << 14;
 /// SentencePiece's mark for a space.
 const SPACE: char = '\u{2581}';
 
@@ -93,6 +95,11 @@ impl Json {
         let mut json = Self { path, root, added: Vec::new(), vocabulary: Vec::new() };
         if size > MAX_TOKENS {
             return Err(json.damaged("vocab_size", format!("it is {size}, at most {MAX_TOKENS} is possible")));
+        }
+        let listed = json.root["model"]["vocab"].as_object().map_or(0, serde_json::Map::len)
+            + json.root["added_tokens"].as_array().map_or(0, Vec::len);
+        if size > 2 * listed as u64 + MAX_PADDING {
+            return Err(json.damaged("vocab_size", format!("it is {size}, of {listed} tokens in tokenizer.json")));
         }
         let mut vocabulary = vec![None; size as usize];
         let mut put = |text: &str, id: Option<u64>| {

@@ -157,6 +157,11 @@ impl Hyperparameters {
         let model = read(&keys, *family).map_err(damaged)?;
         let invalid = |name: &str, why: String| damaged(GgufError::Invalid { what: keys.key(name), why });
         let Self { heads, kv_heads, head_size, rotated, .. } = model;
+        // Each layer has several tensors. Whoever counts layers may rely on it: a small file has few.
+        if model.layers > gguf.tensors().count() {
+            let why = format!("it is {}, the file has {} tensors", model.layers, gguf.tensors().count());
+            return Err(invalid("block_count", why));
+        }
         if !heads.is_multiple_of(kv_heads) {
             let why = format!("{heads} heads do not share {kv_heads}");
             return Err(invalid("attention.head_count_kv", why));

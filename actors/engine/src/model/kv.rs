@@ -17,7 +17,8 @@ pub(super) enum KvStore {
 impl KvStore {
     pub fn new(layout: KvLayout, layers: usize, blocks: usize, device: &Device) -> std::io::Result<Self> {
         if *device == Device::flex() {
-            let bytes = blocks * layout.block_bytes();
+            let too_many = || std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+            let bytes = blocks.checked_mul(layout.block_bytes()).ok_or_else(too_many)?;
             let layers = (0..layers).map(|_| MmapMut::map_anon(bytes)).collect::<std::io::Result<_>>()?;
             return Ok(Self::Host { layout, layers });
         }

@@ -164,6 +164,21 @@ fn impossible_entries_are_refused_and_slots_start_anew() {
     refuse(&mut model, &entries(0, 2, &[3; 63]));
 }
 
+/// Both were found by the fuzzer: the first made room for millions of layers, the second multiplied out of range.
+#[test]
+fn what_a_small_file_says_of_itself_costs_little() {
+    let mut tiny = llama(Sizes::default());
+    tiny.meta("llama.block_count", Meta::U32(1 << 24));
+    let error = load(&tiny, 1).unwrap_err();
+    assert!(error.contains("llama.block_count") && error.contains("20 tensors"), "{error}");
+    let mut tiny = llama(Sizes::default());
+    tiny.meta("llama.attention.head_count", Meta::U32(1 << 24))
+        .meta("llama.attention.head_count_kv", Meta::U32(1 << 24))
+        .meta("llama.attention.key_length", Meta::U32(1 << 24))
+        .meta("llama.context_length", Meta::U32(1 << 24));
+    assert!(load(&tiny, u32::MAX).is_err());
+}
+
 #[test]
 fn models_that_cannot_run_are_refused_by_name() {
     let error = |change: &dyn Fn(&mut Tiny) -> &mut Tiny| {

@@ -1,5 +1,7 @@
 //! The model's own chat template (Jinja), rendered as Hugging Face transformers renders it.
 
+use std::sync::LazyLock;
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
@@ -49,7 +51,9 @@ impl ChatTemplate {
 
 /// transformers' own blocks `{% generation %}…{% endgeneration %}` say in training what the assistant wrote.
 fn without_training_marks(source: &str) -> Result<String, String> {
-    let mark = Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})").map_err(|error| error.to_string())?;
+    static MARK: LazyLock<Result<Regex, regex::Error>> =
+        LazyLock::new(|| Regex::new(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})"));
+    let mark = MARK.as_ref().map_err(ToString::to_string)?;
     let block = |found: &Captures<'_>| {
         let word = if found.get(2).is_some() { "endif" } else { "if true" };
         format!("{}{word}{}", &found[1], &found[3])

@@ -4,6 +4,9 @@
 //! that word. Looking ahead needs an engine that backtracks, which takes quadratic time on hostile text and gives
 //! up on long text. So the patterns here end in `\s+`, and [`Words::cut`] gives the last character back.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
 use regex::Regex;
 
 /// The variants, for an error that names them.
@@ -49,11 +52,22 @@ const QWEN35: &str =
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+";
 
+/// The pattern, compiled once in a process: it takes milliseconds, as Unicode has many letters.
+fn compiled(pattern: &'static str) -> Result<Regex, regex::Error> {
+    static KNOWN: Mutex<Option<HashMap<&str, Regex>>> = Mutex::new(None);
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = known.get_or_insert_default();
+    if let Some(regex) = known.get(pattern) {
+        return Ok(regex.clone());
+    }
+    Ok(known.entry(pattern).or_insert(Regex::new(pattern)?).clone())
+}
+
 impl Words {
     /// The variant of this name; `None` where it is not supported.
     pub fn named(pre: &str) -> Option<Result<Self, regex::Error>> {
-        let plain = |pattern: &str| -> Result<Self, regex::Error> {
-            let pattern = Regex::new(pattern)?;
+        let plain = |pattern: &'static str| -> Result<Self, regex::Error> {
+            let pattern = compiled(pattern)?;
             let (digits_apart, lines, compose, whole_first, begins) = (false, true, false, false, false);
             Ok(Self { digits_apart, pattern, lines, compose, whole_first, begins })
         };
