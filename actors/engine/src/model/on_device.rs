@@ -170,7 +170,7 @@ fn together(rows: &[Row]) -> Vec<(Vec<Run>, usize)> {
     for run in rows.chunk_by(|a, b| a.sequence == b.sequence) {
         let whole = Run { first, rows: run.len() };
         match run {
-            [row] => singles.entry((row.position + 1).next_power_of_two().max(SPAN)).or_default().push(whole),
+            [row] => singles.entry((row.sees + 1).next_power_of_two().max(SPAN)).or_default().push(whole),
             _ => chunks.push((vec![whole], padded_rows(run.len()))),
         }
         first += run.len();
@@ -193,7 +193,7 @@ impl Part {
             repeat_last(&mut own, (number + 1) * each);
         }
         repeat_last(&mut own, sequences * each);
-        let seen = own.iter().map(|row| rows[*row].position + 1).max().unwrap_or(1);
+        let seen = own.iter().map(|row| rows[*row].sees + 1).max().unwrap_or(1);
         let span = padded_span(seen);
         let mut blocks = Vec::new();
         for row in own.iter().step_by(each) {
@@ -201,16 +201,21 @@ impl Part {
             // Behind the sequence's end any block will do, as the mask hides it.
             blocks.extend((0..span / KV_BLOCK).map(|n| table.get(n).copied().unwrap_or(table[0]) as usize));
         }
-        let positions: Vec<f32> = own.iter().map(|row| rows[*row].position as f32).collect();
-        let positions = Tensor::<4>::from_data(TensorData::new(positions, [sequences, 1, each, 1]), device);
-        let columns: Vec<f32> = (0..span).map(|column| column as f32).collect();
-        let columns = Tensor::<4>::from_data(TensorData::new(columns, [1, 1, 1, span]), device);
+        let column = |of: &dyn Fn(&Row) -> usize| {
+            let values: Vec<f32> = own.iter().map(|row| of(&rows[*row]) as f32).collect();
+            Tensor::<4>::from_data(TensorData::new(values, [sequences, 1, each, 1]), device)
+        };
+        let places: Vec<f32> = (0..span).map(|place| place as f32).collect();
+        let places = Tensor::<4>::from_data(TensorData::new(places, [1, 1, 1, span]), device);
+        // By how much a place lies behind what a row sees, or in front of its window: 0 where it is seen.
+        let behind = (column(&|row| row.sees) - places.clone()).clamp_max(0.0);
+        let age = column(&|row| row.position) - places;
         let mask = |window: &usize| {
-            // By how much a column lies behind the token, or in front of its window: 0 where it is seen.
-            let away = positions.clone() - columns.clone();
-            let behind = away.clone().clamp_max(0.0);
-            let hidden =
-                if *window > seen { behind } else { behind + (away * -1.0 + (*window as f32 - 1.0)).clamp_max(0.0) };
+            let hidden = if *window > seen {
+                behind.clone()
+            } else {
+                behind.clone() + (age.clone() * -1.0 + (*window as f32 - 1.0)).clamp_max(0.0)
+            };
             (*window, hidden * MASKED)
         };
         let masks = windows.iter().map(mask).collect();
