@@ -111,7 +111,7 @@ fn a_llama_folder_becomes_a_llama_file() {
     // Normal, unused, control by its looks, control by name, user-defined.
     assert_eq!(gguf.integers("tokenizer.ggml.token_type").unwrap().unwrap(), [1, 1, 1, 1, 1, 5, 5, 5, 3, 3, 4, 5]);
     assert_eq!(gguf.texts("tokenizer.ggml.merges").unwrap().unwrap(), ["a b", "Ġ cĠd"]);
-    assert!(crate::llama::Hyperparameters::from_gguf(&gguf).is_ok());
+    assert!(crate::model::Hyperparameters::from_gguf(&gguf).is_ok());
     assert_eq!(gguf.tensors().count(), 12);
     assert_eq!(weights(&gguf, "token_embd.weight"), numbers(0, TOKENS * EMBEDDING));
 }
