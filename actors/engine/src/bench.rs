@@ -217,3 +217,24 @@ fn device_bandwidth(device: &Device) -> Result<f64, EngineError> {
     }
     Ok((2 * SWEPT_BYTES * DEVICE_SWEEPS) as f64 / best)
 }
+
+#[cfg(all(test, feature = "gpu"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_measured_against_its_own_memory() {
+        if let Err(why) = crate::device::choose(DeviceChoice::Gpu) {
+            return println!("skipped: {why}");
+        }
+        let path: std::path::PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests/fixtures/tiny/qwen2.gguf"].iter().collect();
+        let report = bench(&path, DeviceChoice::Gpu, &ModelOptions::default(), |_| {}).unwrap();
+        println!("{report:#?}");
+        assert!(report.backend.starts_with("gpu") && report.threads == 0);
+        assert_eq!(report.decode_tokens_per_second.len(), BATCHES.len());
+        let bandwidth = report.memory_bandwidth_bytes_per_second.unwrap();
+        assert!(bandwidth > 1e6, "{bandwidth}");
+        let share = report.decode_tokens_per_second[&1] * report.weight_bytes as f64 / bandwidth;
+        assert!((report.decode_share_of_limit.unwrap() - share).abs() < 1e-9 * share.max(1.0));
+    }
+}
