@@ -190,8 +190,8 @@ fn models_that_cannot_run_are_refused_by_name() {
 mod gpu {
     use super::*;
 
-    /// The largest error of a logit, as a part of the largest logit. The CPU keeps keys and values in half precision
-    /// and multiplies with 8-bit activations' rounding where weights are quantized; the device has 32 bits throughout.
+    /// The largest error of a logit, as a part of the largest logit. The CPU keeps keys and values in half precision,
+    /// the device has 32 bits throughout.
     const TOLERANCE: f32 = 5e-3;
 
     /// A device and the CPU with the same model, the same steps and the same blocks.
