@@ -27,6 +27,7 @@ pub(crate) mod architecture;
 mod attention;
 mod kv;
 mod linear;
+mod on_device;
 pub(crate) mod packed_file;
 mod rotary;
 pub(crate) mod weights;
@@ -38,6 +39,7 @@ use architecture::Family;
 pub use architecture::Hyperparameters;
 use kv::KvStore;
 use linear::{Cpu, host};
+use on_device::{Plan, padded_rows};
 use rotary::Rotary;
 use weights::Weights;
 
@@ -67,23 +69,10 @@ struct Slot {
     blocks: Vec<u32>,
 }
 
-/// Some tokens of one sequence that lie in one block.
-#[derive(Debug)]
-struct Group {
-    /// Which of the step's sequences.
-    sequence: usize,
-    /// Its place in the step's rows.
-    row: usize,
-    rows: usize,
-    /// The first token's place in its sequence.
-    position: usize,
-}
-
 /// A step, checked: which slots take part, and each row's sequence and place.
 struct Checked {
     slots: Vec<usize>,
     rows: Vec<Row>,
-    groups: Vec<Group>,
 }
 
 impl Model {
@@ -97,10 +86,9 @@ impl Model {
         let context_length = options.context_length.unwrap_or(own).min(own).max(2);
         let layout = KvLayout { kind: options.kv_type, heads: kv_heads, size: head_size };
         let for_one = context_length.div_ceil(KV_BLOCK as u32);
-        // Sizes of 2²⁴ are still only the file's word here: no product of three of them may overflow.
-        let of_layer = layout.block_bytes() as u64;
-        let block_bytes = of_layer.saturating_mul(layers as u64);
-        let affordable = options.kv_memory.map_or(u64::MAX, |bytes| bytes / block_bytes.max(1));
+        let block_bytes = KvStore::block_bytes(layout, layers, &device);
+        let budget = options.kv_memory.or_else(|| Some(crate::memory::available()? / 4));
+        let affordable = budget.map_or(u64::MAX, |bytes| bytes / block_bytes.max(1));
         // One sequence must always fit, or a full context could never be answered.
         let all = u64::from(for_one).saturating_mul(slots.into()).min(u32::MAX.into());
         let blocks = all.min(affordable).max(for_one.into()) as u32;
@@ -155,11 +143,16 @@ impl Model {
         self.cpu.as_mut()
     }
 
-    /// Checks the entries and cuts them into groups.
+    /// Where it computes.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Checks the entries and sorts out whose they are.
     fn check(&self, entries: &[StepEntry]) -> Result<Checked, EngineError> {
         let impossible = |entry: &StepEntry| EngineError::Step(format!("an impossible entry: {entry:?}"));
-        let mut checked = Checked { slots: Vec::new(), rows: Vec::with_capacity(entries.len()), groups: Vec::new() };
-        for (row, entry) in entries.iter().enumerate() {
+        let mut checked = Checked { slots: Vec::new(), rows: Vec::with_capacity(entries.len()) };
+        for entry in entries {
             let (slot, position) = (entry.slot as usize, entry.position as usize);
             let Some(state) = self.slots.get(slot) else { return Err(impossible(entry)) };
             let has_room = state.blocks.len() * KV_BLOCK > position;
@@ -182,10 +175,6 @@ impl Model {
             }
             let sequence = checked.slots.len() - 1;
             checked.rows.push(Row { sequence, position, sees: position });
-            match checked.groups.last_mut() {
-                Some(group) if goes_on && !position.is_multiple_of(KV_BLOCK) => group.rows += 1,
-                _ => checked.groups.push(Group { sequence, row, rows: 1, position }),
-            }
         }
         Ok(checked)
     }
@@ -209,18 +198,22 @@ impl Model {
     }
 
     /// The residual stream behind the last layer, `[rows, embedding]`.
-    fn layers(&mut self, mut x: Tensor<2>, checked: &Checked) -> Tensor<2> {
-        let Self { hyperparameters: model, weights, rotary, slots, store, cpu, .. } = self;
+    ///
+    /// `real`: rows of `checked` that are entries of the step; the others repeat the last.
+    fn layers(&mut self, mut x: Tensor<2>, checked: &Checked, real: usize) -> Tensor<2> {
+        let Self { hyperparameters: model, weights, rotary, slots, store, cpu, device, .. } = self;
         let positions = || checked.rows.iter().map(|row| row.position as u32);
         let global = rotary.0.at(positions());
         let local = model.local_rope_base.map(|_| rotary.1.at(positions()));
         let tables: Vec<&[u32]> = checked.slots.iter().map(|slot| slots[*slot].blocks.as_slice()).collect();
+        let plan =
+            cpu.is_none().then(|| Plan::new(model, (&checked.rows, real), &tables, (&global, local.as_ref()), device));
         let activation = if model.family == Family::Gemma3 { Activation::GeluTanh } else { Activation::Silu };
         for (number, layer) in weights.layers.iter().enumerate() {
             let step = attention::Step {
                 rows: &checked.rows,
                 tables: &tables,
-                groups: &checked.groups,
+                plan: plan.as_ref(),
                 angles: local.as_ref().filter(|_| !model.is_global(number)).unwrap_or(&global),
                 window: model.window_of(number),
             };
@@ -254,26 +247,41 @@ impl StepEngine for Model {
     }
 
     fn step(&mut self, entries: &[StepEntry], want_logits: &[usize]) -> Result<Logits, EngineError> {
-        let checked = self.check(entries)?;
+        let mut checked = self.check(entries)?;
         if let Some(index) = want_logits.iter().find(|index| **index >= entries.len()) {
             return Err(EngineError::Step(format!("logits of entry {index}, of {}", entries.len())));
         }
         let width = self.hyperparameters.vocabulary;
-        if entries.is_empty() {
+        let (Some(last), Some(last_row)) = (entries.last(), checked.rows.last().copied()) else {
             return Ok(Logits::new(Vec::new(), width));
+        };
+        let is_cpu = self.cpu.is_some();
+        if !is_cpu {
+            checked.rows.resize(padded_rows(entries.len()), last_row);
         }
-        let x = self.embed(entries.iter().map(|entry| entry.token))?;
-        let x = self.layers(x, &checked);
+        let tokens: Vec<u32> = entries.iter().map(|entry| entry.token).collect();
+        let padding = std::iter::repeat_n(last.token, checked.rows.len() - tokens.len());
+        let x = self.embed([tokens, padding.collect()].concat().into_iter())?;
+        let x = self.layers(x, &checked, entries.len());
         for (slot, row) in checked.rows.iter().map(|row| (checked.slots[row.sequence], row)) {
             self.slots[slot].length = row.position + 1;
         }
         if want_logits.is_empty() {
+            // What a device is told to do it does later: without this, steps would seem to take no time, and pile up.
+            let synced = if is_cpu { Ok(()) } else { self.device.sync() };
+            synced.map_err(|why| EngineError::Step(format!("the device: {why}")))?;
             return Ok(Logits::new(Vec::new(), width));
         }
-        let rows = want_logits.iter().map(|index| x.clone().slice_dim(0, *index..*index + 1)).collect();
-        let mut rows = Tensor::cat(rows, 0);
-        let logits = self.weights.output.apply(&mut rows, Some(&self.weights.output_norm), &mut self.cpu);
-        Ok(Logits::new(host(logits), width))
+        let output_norm = Some(&self.weights.output_norm);
+        if is_cpu {
+            let rows = want_logits.iter().map(|index| x.clone().slice_dim(0, *index..*index + 1)).collect();
+            let mut rows = Tensor::cat(rows, 0);
+            let logits = self.weights.output.apply(&mut rows, output_norm, &mut self.cpu);
+            return Ok(Logits::new(host(logits), width));
+        }
+        let mut rows = on_device::chosen(x, want_logits);
+        let logits = self.weights.output.apply(&mut rows, output_norm, &mut self.cpu);
+        on_device::logits(logits, want_logits.len()).map_err(EngineError::Step)
     }
 
     fn release(&mut self, slot: u32) {

@@ -377,7 +377,9 @@ impl Scheduler {
         let end = |sequence: Sequence| drop(sequence.end(End::Failed(kind, message.clone())));
         self.running.drain(..).chain(self.waiting.drain(..)).for_each(end);
         self.shared.running.store(0, Ordering::Relaxed);
-        drop(self.engine);
+        // A device that was lost may panic again when its memory is given back; late requests need us still.
+        let engine = self.engine;
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(engine)));
         while !self.shared.stopped() {
             match self.inbox.recv() {
                 Ok(Wake::Sequence(sequence)) => end(*sequence),

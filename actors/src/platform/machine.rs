@@ -10,7 +10,7 @@ pub fn hardware() -> Hardware {
         platform: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
         cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
         memory: main_memory().unwrap_or(0),
-        accelerators: Vec::new(),
+        accelerators: super::graphics_cards(),
     }
 }
 

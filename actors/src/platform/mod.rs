@@ -3,6 +3,7 @@
 
 mod child_group;
 mod files;
+mod graphics;
 mod local_socket;
 mod machine;
 mod signals;
@@ -12,6 +13,7 @@ pub use files::{
     FileLock, Fingerprint, LockError, create_private_dir, is_writable_by_others, open_not_through_links, read_optional,
     write_atomically, write_private,
 };
+pub use graphics::graphics_cards;
 pub use local_socket::{LocalListener, LocalStream, connect};
 pub use machine::{available_disk_space, hardware, raise_open_files_limit};
 pub use signals::EndSignals;

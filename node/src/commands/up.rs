@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use ingle_actors::Node;
-use ingle_actors::node::{ModelChoice, NodeOptions};
-use ingle_actors::platform::{EndSignals, raise_open_files_limit};
+use ingle_actors::node::{DeviceKind, ModelChoice, NodeOptions};
+use ingle_actors::platform::{EndSignals, graphics_cards, raise_open_files_limit};
 use ingle_actors::protocol::liveness::Health;
 use ingle_actors::protocol::wire::v1::ModelState;
 use tokio::sync::Semaphore;
@@ -57,6 +57,10 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         }
     };
     say(&format!("Ingle node `{}` at http://{http}", settings.name));
+    let computes = matches!(settings.model, Some(ModelChoice::Default | ModelChoice::File(_)));
+    if computes && let Some(line) = unused_cards(&graphics_cards(), settings.device, cfg!(feature = "gpu")) {
+        complain(&line);
+    }
     let mut telling = tokio::spawn(tell(node.clone(), http, settings.state_dir_flag()));
 
     let useless = tokio::select! {
@@ -76,6 +80,18 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
         Some(why) => Err(anyhow!("The model does not run, and there is no other machine to ask: {why}")),
         None => Ok(()),
     }
+}
+
+/// What to say of cards that this build leaves idle. Nothing where the CPU is wanted, or where the build can use them:
+/// then the line that says `Ready` names what computes.
+fn unused_cards(cards: &[String], device: DeviceKind, has_support: bool) -> Option<String> {
+    if cards.is_empty() || has_support || device == DeviceKind::Cpu {
+        return None;
+    }
+    Some(format!(
+        "Found: {}. This build computes on the CPU; `cargo build --release --features gpu` makes one that can use it.",
+        cards.join(", ")
+    ))
 }
 
 /// Each connection can need three file descriptors (its own, one to the engine, one in between); some are for the
@@ -241,6 +257,16 @@ mod tests {
         }
         assert!(refuse_beyond_loopback("127.0.0.1:80".parse().unwrap()).is_ok());
         assert!(refuse_beyond_loopback("[::1]:80".parse().unwrap()).is_ok());
+    }
+
+    #[test]
+    fn an_idle_card_is_told_once_it_matters() {
+        let cards = ["NVIDIA GPU (2684)".to_owned()];
+        let line = unused_cards(&cards, DeviceKind::Auto, false).unwrap();
+        assert!(line.contains("NVIDIA GPU (2684)") && line.contains("--features gpu"), "{line}");
+        assert_eq!(unused_cards(&cards, DeviceKind::Cpu, false), None);
+        assert_eq!(unused_cards(&cards, DeviceKind::Auto, true), None);
+        assert_eq!(unused_cards(&[], DeviceKind::Auto, false), None);
     }
 
     #[test]

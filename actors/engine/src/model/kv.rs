@@ -1,6 +1,6 @@
 //! Keys and values of all sequences, in blocks of [`KV_BLOCK`] positions that the scheduler hands out.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor};
 use memmap2::MmapMut;
 
 use crate::kernels::{KV_BLOCK, KvLayout};
@@ -10,8 +10,9 @@ use crate::kernels::{KV_BLOCK, KvLayout};
 pub(super) enum KvStore {
     /// For the CPU's kernels. Pages that no block has used yet take no memory.
     Host { layout: KvLayout, layers: Vec<MmapMut> },
-    /// For burn's devices: keys `[blocks, heads, size, KV_BLOCK]`, values `[blocks, heads, KV_BLOCK, size]`. Taken out while they are written, so that this happens in place.
-    Device { layers: Vec<Option<(Tensor<4>, Tensor<4>)>> },
+    /// For burn's devices: keys and values `[blocks · KV_BLOCK, heads · size]`. Taken out while they are written, so
+    /// that this happens in place.
+    Device { layers: Vec<Option<(Tensor<2>, Tensor<2>)>> },
 }
 
 impl KvStore {
@@ -22,39 +23,48 @@ impl KvStore {
             let layers = (0..layers).map(|_| MmapMut::map_anon(bytes)).collect::<std::io::Result<_>>()?;
             return Ok(Self::Host { layout, layers });
         }
-        let (heads, size) = (layout.heads, layout.size);
-        let layer = |_| {
-            let keys = Tensor::zeros([blocks, heads, size, KV_BLOCK], device);
-            Some((keys, Tensor::zeros([blocks, heads, KV_BLOCK, size], device)))
-        };
+        let shape = [blocks * KV_BLOCK, layout.heads * layout.size];
+        let layer = |_| Some((Tensor::zeros(shape, device), Tensor::zeros(shape, device)));
         Ok(Self::Device { layers: (0..layers).map(layer).collect() })
     }
 
-    /// On a device: puts keys and values `[rows, heads, size]` at places of one block, from `place` on.
-    pub fn write(&mut self, layer: usize, block: u32, place: usize, k: Tensor<3>, v: Tensor<3>) {
+    /// Bytes that one block takes in all layers. Sizes are still only the file's word here, up to 2²⁴ each: no product
+    /// of three of them may overflow.
+    pub fn block_bytes(layout: KvLayout, layers: usize, device: &Device) -> u64 {
+        let of_layer = if *device == Device::flex() {
+            layout.block_bytes() as u64
+        } else {
+            (2 * KV_BLOCK * size_of::<f32>() * layout.heads * layout.size) as u64
+        };
+        of_layer.saturating_mul(layers as u64)
+    }
+
+    /// On a device: puts keys and values `[rows, heads · size]` at their places. What has the same place must be the
+    /// same.
+    pub fn write(&mut self, layer: usize, places: Tensor<1, Int>, k: Tensor<2>, v: Tensor<2>) {
         let Self::Device { layers } = self else { return };
-        let [rows, heads, size] = k.dims();
-        let (block, at) = (block as usize, place..place + rows);
         if let Some((keys, values)) = layers[layer].take() {
-            let k = k.permute([1, 2, 0]).unsqueeze_dim::<4>(0);
-            let v = v.permute([1, 0, 2]).unsqueeze_dim::<4>(0);
-            let keys = keys.slice_assign([block..block + 1, 0..heads, 0..size, at.clone()], k);
-            let values = values.slice_assign([block..block + 1, 0..heads, at, 0..size], v);
+            let keys = keys.select_assign(0, places.clone(), k, IndexingUpdateOp::Assign);
+            let values = values.select_assign(0, places, v, IndexingUpdateOp::Assign);
             layers[layer] = Some((keys, values));
         }
     }
 
-    /// On a device: some blocks one after the other, as keys `[heads, size, positions]` and values
-    /// `[heads, positions, size]`.
-    pub fn read(&self, layer: usize, blocks: &[u32], device: &Device) -> Option<(Tensor<3>, Tensor<3>)> {
+    /// On a device: the blocks of some sequences, as many for each, as keys `[sequences, heads, size, positions]` and
+    /// values `[sequences, heads, positions, size]`.
+    pub fn read(
+        &self,
+        layer: usize,
+        blocks: Tensor<1, Int>,
+        [sequences, positions, heads, size]: [usize; 4],
+    ) -> Option<(Tensor<4>, Tensor<4>)> {
         let Self::Device { layers } = self else { return None };
         let (keys, values) = layers[layer].as_ref()?;
-        let numbers: Vec<i32> = blocks.iter().map(|block| *block as i32).collect();
-        let numbers = Tensor::<1, burn::tensor::Int>::from_data(TensorData::new(numbers, [blocks.len()]), device);
-        let [_, heads, size, _] = keys.dims();
-        let positions = blocks.len() * KV_BLOCK;
-        let keys = keys.clone().select(0, numbers.clone()).permute([1, 2, 0, 3]).reshape([heads, size, positions]);
-        let values = values.clone().select(0, numbers).permute([1, 0, 2, 3]).reshape([heads, positions, size]);
-        Some((keys, values))
+        let of = |all: &Tensor<2>| {
+            let [rows, width] = all.dims();
+            let chosen = all.clone().reshape([rows / KV_BLOCK, KV_BLOCK * width]).select(0, blocks.clone());
+            chosen.reshape([sequences, positions, heads, size])
+        };
+        Some((of(keys).permute([0, 2, 3, 1]), of(values).permute([0, 2, 1, 3])))
     }
 }
