@@ -141,7 +141,8 @@ struct Scheduler {
     sampler: Sampler,
     codec: Arc<dyn Codec>,
     inbox: Receiver<Wake>,
-    /// At most `spec.queue` (each holds a [`Place`]).
+    /// At most `spec.queue` that have not begun (each holds a [`Place`]), and as many as there are slots that wait for
+    /// memory again.
     waiting: Vec<Sequence>,
     /// At most as many as there are slots.
     running: Vec<Sequence>,
