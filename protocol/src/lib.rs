@@ -3,9 +3,12 @@
 //! This crate is the lowest floor: it does no I/O, starts no task and reads no clock. Whatever needs the time
 //! or a random number takes it as an argument, so that simulations can drive the same code.
 
+pub mod admission;
 pub mod ids;
 pub mod liveness;
 pub mod names;
+pub mod prefix;
+pub mod recovery;
 pub mod routing;
 pub mod wire;
 

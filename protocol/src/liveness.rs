@@ -4,10 +4,16 @@
 //! - **Suspect**: still connected, but [`SUSPECT_AFTER_MISSED`] pulses in a row are missing.
 //! - **Failed**: the connection is gone.
 //! - **Left**: it said goodbye.
+//!
+//! And is an engine stuck? It is under suspicion while its process says nothing, and while it is busy and its step
+//! counter stands still for far longer than such a step takes. Chunks of prompts count as steps and waiting is no
+//! work, so neither a long prompt nor a queue looks like a hang.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use crate::wire::v1::EnginePulse;
 
 /// How often a node tells its peers how its engines are.
 pub const PULSE_INTERVAL: Duration = Duration::from_millis(100);
@@ -127,6 +133,65 @@ impl PeerWatch {
     }
 }
 
+/// An engine that is silent, or busy without a step, is under suspicion after this long at the earliest.
+pub const STUCK_AFTER: Duration = Duration::from_millis(500);
+/// And no sooner than after so many times the usual time of such a step.
+pub const STUCK_AFTER_STEPS: u32 = 10;
+
+/// Follows one engine by its pulses. Times as for [`PeerWatch`].
+#[derive(Debug, Clone, Default)]
+pub struct EngineWatch {
+    last: Option<Observed>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Observed {
+    generation: u32,
+    step: u64,
+    busy: bool,
+    usual: Duration,
+    silent: Duration,
+    /// When it last made a step, or had nothing to do.
+    moved_at: Duration,
+}
+
+impl EngineWatch {
+    /// A pulse of the engine, new or the same again.
+    pub fn observe(&mut self, pulse: &EnginePulse, now: Duration) {
+        let generation = pulse.engine.generation;
+        let stands = self
+            .last
+            .filter(|last| pulse.busy && last.busy && last.generation == generation && last.step == pulse.step);
+        self.last = Some(Observed {
+            generation,
+            step: pulse.step,
+            busy: pulse.busy,
+            usual: Duration::from_millis(pulse.usual_step_ms.into()),
+            silent: Duration::from_millis(pulse.silent_ms.into()),
+            moved_at: stands.map_or(now, |last| last.moved_at),
+        });
+    }
+
+    /// Why the engine is under suspicion at `now`, if it is.
+    pub fn suspicion(&self, now: Duration) -> Option<String> {
+        let last = self.last?;
+        if last.silent >= STUCK_AFTER {
+            return Some(format!("its engine process has said nothing for {} ms", last.silent.as_millis()));
+        }
+        let still = now.saturating_sub(last.moved_at);
+        let limit = STUCK_AFTER.max(last.usual * STUCK_AFTER_STEPS);
+        (last.busy && still >= limit).then(|| {
+            let (still, usual) = (still.as_millis(), last.usual.as_millis());
+            format!("its engine has been in one step for {still} ms, which usually takes {usual} ms")
+        })
+    }
+
+    /// For how long it has been in one step.
+    pub fn in_step_for(&self, now: Duration) -> Duration {
+        self.last.filter(|last| last.busy).map_or(Duration::ZERO, |last| now.saturating_sub(last.moved_at))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,5 +226,68 @@ mod tests {
         // Late pulses of a lost connection do not bring it back.
         peer.pulse(ms(22));
         assert_eq!(peer.health(ms(22)).word(), "failed");
+    }
+
+    fn engine(step: u64, busy: bool, usual_step_ms: u32, silent_ms: u32) -> EnginePulse {
+        let engine = crate::EngineId { node: crate::NodeId([1; 16]), index: 0, generation: 1 };
+        let load = crate::wire::v1::Load { running: 3, waiting: 9, backlog_tokens: 0 };
+        let (tokens_per_second, prefill_rate, decode_rate, full_decode_rate) = (0.0, 0.0, 0.0, 0.0);
+        EnginePulse {
+            engine,
+            step,
+            busy,
+            usual_step_ms,
+            silent_ms,
+            load,
+            tokens_per_second,
+            prefill_rate,
+            decode_rate,
+            full_decode_rate,
+        }
+    }
+
+    #[test]
+    fn a_busy_engine_whose_counter_stands_still_is_stuck_and_a_step_heals_it() {
+        let mut watch = EngineWatch::default();
+        assert_eq!(watch.suspicion(ms(0)), None);
+        watch.observe(&engine(5, true, 20, 0), ms(0));
+        watch.observe(&engine(5, true, 20, 0), ms(400));
+        assert_eq!(watch.suspicion(ms(499)), None);
+        assert!(watch.suspicion(ms(500)).unwrap().contains("in one step for 500 ms"));
+        watch.observe(&engine(6, true, 20, 0), ms(600));
+        assert_eq!(watch.suspicion(ms(1_000)), None);
+    }
+
+    #[test]
+    fn a_long_chunk_a_queue_and_idleness_are_no_hang() {
+        let mut watch = EngineWatch::default();
+        for now in (0..3_000).step_by(100) {
+            watch.observe(&engine(5, true, 300, 0), ms(now));
+            assert_eq!(watch.suspicion(ms(now)), None, "ten times 300 ms are not over at {now} ms");
+        }
+        watch.observe(&engine(5, true, 300, 0), ms(3_000));
+        assert!(watch.suspicion(ms(3_000)).is_some());
+        let mut idle = EngineWatch::default();
+        for now in (0..60_000).step_by(100) {
+            idle.observe(&engine(5, false, 20, 0), ms(now));
+            assert_eq!(idle.suspicion(ms(now)), None);
+        }
+        // The time in which it had nothing to do does not count when it begins to work.
+        idle.observe(&engine(5, true, 20, 0), ms(60_000));
+        assert_eq!(idle.suspicion(ms(60_400)), None);
+    }
+
+    #[test]
+    fn a_process_that_says_nothing_is_under_suspicion_also_when_it_was_idle() {
+        let mut watch = EngineWatch::default();
+        watch.observe(&engine(5, false, 20, 499), ms(0));
+        assert_eq!(watch.suspicion(ms(0)), None);
+        watch.observe(&engine(5, false, 20, 600), ms(100));
+        assert!(watch.suspicion(ms(100)).unwrap().contains("said nothing"));
+        // A process that was started again begins anew.
+        let mut pulse = engine(5, true, 20, 0);
+        pulse.engine.generation = 2;
+        watch.observe(&pulse, ms(200));
+        assert_eq!(watch.suspicion(ms(600)), None);
     }
 }

@@ -16,12 +16,19 @@ fn engine_pulse() -> EnginePulse {
     EnginePulse {
         engine: engine(),
         step: 77,
-        running: 2,
-        waiting: 1,
+        busy: true,
+        usual_step_ms: 21,
+        silent_ms: 40,
+        load: load(),
         tokens_per_second: 31.5,
         prefill_rate: 240.0,
         decode_rate: 15.75,
+        full_decode_rate: 7.5,
     }
+}
+
+fn load() -> Load {
+    Load { running: 2, waiting: 1, backlog_tokens: 1_400 }
 }
 
 fn facts() -> NodeFacts {
@@ -92,6 +99,7 @@ fn request() -> Request {
         messages: vec![Message { role: Role::User, content: "héllo 🔥".into(), extra: b"{}".to_vec() }],
         sampling: sampling(),
         resume: vec![1, 2, 300_000],
+        resume_text: b"so far".to_vec(),
         extra: br#"{"grammar":"x"}"#.to_vec(),
     }
 }
@@ -110,7 +118,7 @@ fn samples() -> Vec<(&'static str, Frame)> {
         sample(Goodbye { why: "shutting down".into() }),
         sample(facts()),
         sample(request()),
-        sample(Accepted { prompt_tokens: 1500, cached_tokens: 1024, context_length: 2048 }),
+        sample(Accepted { prompt_tokens: 1500, cached_tokens: 1024, context_length: 2048, load: load() }),
         sample(Refused {
             kind: RefusalKind::UnsupportedField,
             message: "not supported".into(),
@@ -127,6 +135,7 @@ fn samples() -> Vec<(&'static str, Frame)> {
         sample(Finished {
             reason: FinishReason::Length,
             usage: Usage { prompt_tokens: 1500, cached_tokens: 1024, completion_tokens: 16 },
+            load: load(),
         }),
         sample(Failed { kind: FailureKind::EngineDied, message: "killed".into(), retryable: false, migratable: true }),
         sample(Pulse { sequence: 12, engines: vec![engine_pulse()] }),

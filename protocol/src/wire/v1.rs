@@ -154,9 +154,22 @@ pub struct Request {
     pub sampling: Sampling,
     /// Tokens that were generated and delivered before: the answer goes on behind them.
     pub resume: Vec<u32>,
+    /// The text that was delivered before, for workers whose tokens have no ids.
+    pub resume_text: Vec<u8>,
     /// Members of the request's JSON that have no field here, as a JSON object; empty for none.
     /// At most [`EXTRA_LIMIT`] bytes.
     pub extra: Vec<u8>,
+}
+
+/// How much work an engine has; rides on every answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Load {
+    /// Sequences that it decodes.
+    pub running: u32,
+    /// Sequences that wait.
+    pub waiting: u32,
+    /// Tokens of prompts that it has taken and not read yet.
+    pub backlog_tokens: u32,
 }
 
 /// The engine takes the request.
@@ -168,6 +181,8 @@ pub struct Accepted {
     pub cached_tokens: u32,
     /// The model's context length in tokens.
     pub context_length: u32,
+    /// The engine's work, this request included.
+    pub load: Load,
 }
 
 /// Why a worker does not take a request.
@@ -271,6 +286,8 @@ pub struct Finished {
     pub reason: FinishReason,
     /// What it cost.
     pub usage: Usage,
+    /// The engine's work that is left.
+    pub load: Load,
 }
 
 /// What went wrong.
@@ -488,16 +505,22 @@ pub struct EnginePulse {
     pub engine: EngineId,
     /// Counts its steps (chunks of prompts count); stands still when it is idle or stuck.
     pub step: u64,
-    /// Sequences that it decodes.
-    pub running: u32,
-    /// Sequences that wait.
-    pub waiting: u32,
+    /// It is in a step, or should be.
+    pub busy: bool,
+    /// How long a step like the one that it is in usually takes, in milliseconds; 0 where not known.
+    pub usual_step_ms: u32,
+    /// How long ago its process said something, in milliseconds.
+    pub silent_ms: u32,
+    /// Its work.
+    pub load: Load,
     /// Tokens generated in the last second.
     pub tokens_per_second: f32,
     /// Tokens of prompt a second while it reads one; 0 until measured.
     pub prefill_rate: f32,
-    /// Tokens a second of one sequence; 0 until measured.
+    /// Tokens a second of a sequence that is alone; 0 until measured.
     pub decode_rate: f32,
+    /// Tokens a second of each sequence when all slots are taken; 0 where not measured.
+    pub full_decode_rate: f32,
 }
 
 /// Sent every 100 ms to every peer.
