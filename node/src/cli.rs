@@ -70,6 +70,10 @@ pub enum Command {
     Token(Token),
     /// Show the nodes, their models and what they do
     Status(Status),
+    /// Show who could have answered a request, who was asked, and why
+    Explain(Explain),
+    /// Let a node take nothing new, until its answers have finished or moved to other nodes
+    Drain(Drain),
     /// Ask the assistant and print its answer as it comes
     Chat(Chat),
     /// Measure how fast this machine is with a model, and how near that is to its limits
@@ -171,6 +175,33 @@ pub struct Token {
 /// Options of `ingle status`.
 #[derive(Debug, Args)]
 pub struct Status {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle explain`.
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// The request's id, as the header x-request-id has it, or `last`
+    #[arg(value_name = "REQUEST-ID", default_value = "last")]
+    pub request: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle drain`.
+#[derive(Debug, Args)]
+pub struct Drain {
+    /// The node's name, as `ingle status` shows it
+    pub node: String,
+    /// How long running answers may take to finish there before they move, as in 20s or 2m
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = crate::duration::parse)]
+    pub limit: std::time::Duration,
+    /// Let it take work again
+    #[arg(long)]
+    pub undo: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

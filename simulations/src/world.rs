@@ -118,7 +118,11 @@ fn candidate(index: usize, peer: &Peer<'_>, now: Duration) -> Candidate {
         running: peer.running,
         waiting: 0,
         slots: peer.spec.slots,
+        backlog_tokens: 0,
+        cached_tokens: 0,
         prefill_rate: peer.spec.prefill_rate,
         decode_rate: peer.spec.decode_rate,
+        full_decode_rate: 0.0,
+        ready_in: Duration::ZERO,
     }
 }

@@ -130,7 +130,7 @@ impl Engine {
 
     /// A guess at when a place is free: the time of one answer of 64 tokens.
     fn retry_after_ms(&self) -> u64 {
-        let rate = self.shared.decode_rate();
+        let rate = self.shared.step_rate();
         if rate > 0.0 { ((64_000.0 / rate) as u64).clamp(500, 30_000) } else { 1_000 }
     }
 }

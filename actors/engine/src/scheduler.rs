@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use ingle_protocol::wire::v1::{FailureKind, ModelState};
+use ingle_protocol::wire::v1::{FailureKind, Load, ModelState};
 
 use crate::device::{self, Loaded};
 use crate::sampler::Sampler;
@@ -175,6 +175,7 @@ impl Scheduler {
         // Somebody waits, and a slot and memory are free, or somebody has a slot and a reader: else there is nothing to do but wait.
         let admissible = !self.waiting.is_empty() && !self.free.is_empty() && !self.starved;
         let computable = self.running.iter().any(Sequence::is_computable) || admissible;
+        self.shared.busy.store(computable, Ordering::Relaxed);
         if !computable && !self.shared.stopped() {
             let idle = self.running.is_empty() && self.lingering.is_empty();
             let woken = if idle {
@@ -187,6 +188,7 @@ impl Scheduler {
                 Ok(Wake::Look) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => self.shared.stop.store(true, Ordering::Release),
             }
+            self.shared.busy.store(true, Ordering::Relaxed);
         }
         loop {
             match self.inbox.try_recv() {
@@ -307,13 +309,24 @@ impl Scheduler {
         }
     }
 
+    /// Says what is to be done, and how long the coming step should take.
+    fn note_work(&self, batch: &Batch, prefill_rate: f32, step_rate: f32) {
+        let unread = |sequence: &Sequence| if sequence.left() > 1 { sequence.left() as u32 } else { 0 };
+        let backlog = self.running.iter().chain(&self.waiting).map(unread).fold(0, u32::saturating_add);
+        self.shared.backlog_tokens.store(backlog, Ordering::Relaxed);
+        let seconds = |work: f32, rate: f32| if rate > 0.0 { work / rate } else { 0.0 };
+        let usual = seconds(batch.prefilled as f32, prefill_rate) + seconds(1.0, step_rate);
+        self.shared.usual_step_ms.store((usual * 1e3).ceil() as u32, Ordering::Relaxed);
+    }
+
     /// One token of each sequence that has its prompt behind it, and chunks of prompts.
     fn step(&mut self) -> Result<(), EngineError> {
         self.make_room();
         let chunk = self.engine.capabilities().chunk.max(1) as usize;
         let decodes = self.running.iter().any(|sequence| sequence.is_computable() && sequence.left() == 1);
-        let (prefill_rate, decode_rate) = (self.shared.prefill_rate(), self.shared.decode_rate());
-        let batch = Batch::of(&self.running, batch::prefill_budget(chunk, decodes, prefill_rate, decode_rate));
+        let (prefill_rate, step_rate) = (self.shared.prefill_rate(), self.shared.step_rate());
+        let batch = Batch::of(&self.running, batch::prefill_budget(chunk, decodes, prefill_rate, step_rate));
+        self.note_work(&batch, prefill_rate, step_rate);
         if batch.entries.is_empty() {
             return Ok(());
         }
@@ -323,7 +336,7 @@ impl Scheduler {
         let step = self.shared.step.fetch_add(1, Ordering::Relaxed) + 1;
         let (rows, seconds) = (batch.want.len() as u32, now.duration_since(started).as_secs_f32());
         if batch.prefilled == 0 {
-            self.shared.observe_decode(1.0 / seconds);
+            self.shared.observe_decode(seconds, rows, self.engine.capabilities().slots);
         } else if batch.entries.len() == batch.prefilled && batch.prefilled * 2 >= chunk {
             self.shared.observe_prefill(batch.prefilled as f32 / seconds);
         }
@@ -365,7 +378,7 @@ impl Scheduler {
         }
         // Before the last frame goes out, so that whoever has it finds the slot free.
         self.shared.running.store(self.running.len() as u32, Ordering::Release);
-        if let Some(lingering) = sequence.end(end) {
+        if let Some(lingering) = sequence.end(end, self.shared.load()) {
             self.lingering.push(lingering);
         }
     }
@@ -375,7 +388,7 @@ impl Scheduler {
     fn end_all(mut self, why: Option<String>) {
         let kind = if why.is_some() { FailureKind::EngineError } else { FailureKind::ShuttingDown };
         let message = why.clone().unwrap_or_else(|| "the engine is shutting down".into());
-        let end = |sequence: Sequence| drop(sequence.end(End::Failed(kind, message.clone())));
+        let end = |sequence: Sequence| drop(sequence.end(End::Failed(kind, message.clone()), Load::default()));
         self.running.drain(..).chain(self.waiting.drain(..)).for_each(end);
         self.shared.running.store(0, Ordering::Relaxed);
         // A device that was lost may panic again when its memory is given back; late requests need us still.

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use ingle_protocol::wire::v1::ModelState;
+use ingle_protocol::wire::v1::{Load, ModelState};
 use tokio::sync::watch;
 
 /// State and counters of an engine at one moment.
@@ -24,16 +24,20 @@ pub struct EngineSnapshot {
     pub features: Vec<String>,
     /// Counts steps (chunks of prompts count).
     pub step: u64,
-    /// Sequences that have a slot.
-    pub running: u32,
-    /// Requests that wait for one.
-    pub waiting: u32,
+    /// It is in a step, or should be: standing still now would be a hang.
+    pub busy: bool,
+    /// How long a step like the present one usually takes, in milliseconds; 0 where not known.
+    pub usual_step_ms: u32,
+    /// Its work: sequences that have a slot, requests that wait for one, tokens of prompts that are not read.
+    pub load: Load,
     /// Tokens generated in the last second.
     pub tokens_per_second: f32,
     /// Tokens of prompt a second while it reads one; 0 until measured.
     pub prefill_rate: f32,
-    /// Tokens a second of one sequence; 0 until measured.
+    /// Tokens a second of a sequence that is alone; 0 until measured.
     pub decode_rate: f32,
+    /// Tokens a second of each sequence when all slots are taken; 0 until measured.
+    pub full_decode_rate: f32,
 }
 
 #[derive(Debug)]
@@ -53,9 +57,15 @@ pub(crate) struct Shared {
     pub step: AtomicU64,
     pub running: AtomicU32,
     pub waiting: AtomicU32,
+    pub backlog_tokens: AtomicU32,
+    pub busy: AtomicBool,
+    pub usual_step_ms: AtomicU32,
     pub stop: AtomicBool,
     prefill_rate: AtomicU32,
+    /// Steps of decoding a second, as many sequences as there were.
+    step_rate: AtomicU32,
     decode_rate: AtomicU32,
+    full_decode_rate: AtomicU32,
     recent: Mutex<RecentTokens>,
 }
 
@@ -79,9 +89,14 @@ impl Shared {
             step: AtomicU64::new(0),
             running: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
+            backlog_tokens: AtomicU32::new(0),
+            busy: AtomicBool::new(false),
+            usual_step_ms: AtomicU32::new(0),
             stop: AtomicBool::new(false),
             prefill_rate: AtomicU32::new(0),
+            step_rate: AtomicU32::new(0),
             decode_rate: AtomicU32::new(0),
+            full_decode_rate: AtomicU32::new(0),
             recent: Mutex::new(RecentTokens::new(Instant::now())),
         }
     }
@@ -113,16 +128,33 @@ impl Shared {
         observe(&self.prefill_rate, tokens_per_second);
     }
 
-    pub fn observe_decode(&self, tokens_per_second: f32) {
-        observe(&self.decode_rate, tokens_per_second);
+    /// A step that only decoded took so long, with `together` of `slots` sequences.
+    pub fn observe_decode(&self, seconds: f32, together: u32, slots: u32) {
+        observe(&self.step_rate, 1.0 / seconds);
+        if together <= 1 {
+            observe(&self.decode_rate, 1.0 / seconds);
+        }
+        if together >= slots.max(1) {
+            observe(&self.full_decode_rate, 1.0 / seconds);
+        }
     }
 
     pub fn prefill_rate(&self) -> f32 {
         f32::from_bits(self.prefill_rate.load(Ordering::Relaxed))
     }
 
-    pub fn decode_rate(&self) -> f32 {
-        f32::from_bits(self.decode_rate.load(Ordering::Relaxed))
+    /// Steps of decoding a second, with as many sequences as there usually are.
+    pub fn step_rate(&self) -> f32 {
+        f32::from_bits(self.step_rate.load(Ordering::Relaxed))
+    }
+
+    /// The engine's work.
+    pub fn load(&self) -> Load {
+        Load {
+            running: self.running.load(Ordering::Relaxed),
+            waiting: self.waiting.load(Ordering::Relaxed),
+            backlog_tokens: self.backlog_tokens.load(Ordering::Relaxed),
+        }
     }
 
     pub fn snapshot(&self) -> EngineSnapshot {
@@ -135,11 +167,13 @@ impl Shared {
             slots: facts.slots,
             features: Vec::new(),
             step: self.step.load(Ordering::Relaxed),
-            running: self.running.load(Ordering::Relaxed),
-            waiting: self.waiting.load(Ordering::Relaxed),
+            busy: self.busy.load(Ordering::Relaxed),
+            usual_step_ms: self.usual_step_ms.load(Ordering::Relaxed),
+            load: self.load(),
             tokens_per_second: lock(&self.recent).per_second(Instant::now()),
-            prefill_rate: f32::from_bits(self.prefill_rate.load(Ordering::Relaxed)),
-            decode_rate: self.decode_rate(),
+            prefill_rate: self.prefill_rate(),
+            decode_rate: f32::from_bits(self.decode_rate.load(Ordering::Relaxed)),
+            full_decode_rate: f32::from_bits(self.full_decode_rate.load(Ordering::Relaxed)),
         }
     }
 }
@@ -212,10 +246,13 @@ mod tests {
     #[test]
     fn rates_follow_slowly_and_ignore_nonsense() {
         let shared = Shared::new(1);
-        shared.observe_decode(f32::INFINITY);
-        assert_eq!(shared.decode_rate(), 0.0);
-        shared.observe_decode(10.0);
-        shared.observe_decode(20.0);
-        assert_eq!(shared.decode_rate(), 12.0);
+        shared.observe_decode(0.0, 1, 4);
+        assert_eq!(shared.step_rate(), 0.0);
+        shared.observe_decode(0.1, 1, 4);
+        shared.observe_decode(0.05, 2, 4);
+        shared.observe_decode(0.2, 4, 4);
+        let snapshot = shared.snapshot();
+        assert_eq!((snapshot.decode_rate, snapshot.full_decode_rate), (10.0, 5.0));
+        assert_eq!(shared.step_rate(), 10.6);
     }
 }

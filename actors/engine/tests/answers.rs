@@ -49,6 +49,7 @@ fn request(content: &str, change: impl FnOnce(&mut Request)) -> Request {
         messages: vec![Message { role: Role::User, content: content.into(), extra: vec![] }],
         sampling,
         resume: vec![],
+        resume_text: vec![],
         extra: vec![],
     };
     change(&mut request);
@@ -190,7 +191,7 @@ fn a_client_that_leaves_frees_its_slot() {
     drop(receiver);
     // Others may be running, all of them with a limit of 40 or fewer tokens; ours would go on for many more steps.
     let left = engine().snapshot().step;
-    while engine().snapshot().running > 0 {
+    while engine().snapshot().load.running > 0 {
         assert!(engine().snapshot().step < left + 300, "the sequence of a client that left goes on");
         std::thread::sleep(Duration::from_millis(10));
     }

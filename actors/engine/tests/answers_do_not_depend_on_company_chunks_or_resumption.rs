@@ -41,6 +41,7 @@ fn request(content: &str, sampling: Sampling) -> Request {
         messages: vec![Message { role: Role::User, content: content.into(), extra: vec![] }],
         sampling,
         resume: vec![],
+        resume_text: vec![],
         extra: vec![],
     }
 }
@@ -170,7 +171,7 @@ fn a_thousand_clients_that_leave_leak_nothing() {
         }
         drop(receiver);
         let deadline = Instant::now() + Duration::from_secs(20);
-        while engine.snapshot().running + engine.snapshot().waiting > 4 {
+        while engine.snapshot().load.running + engine.snapshot().load.waiting > 4 {
             assert!(Instant::now() < deadline, "clients that left stay: {:?}", engine.snapshot());
             std::thread::sleep(Duration::from_micros(200));
         }

@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::NodeId;
-use ingle_protocol::wire::v1::ControlProbe;
-use ingle_protocol::wire::{Frame, encode};
+use ingle_protocol::wire::v1::{ControlProbe, DrainReply, DrainRequest};
+use ingle_protocol::wire::{Body as _, Frame, encode};
 use quinn::{RecvStream, SendStream};
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, pg};
 use ractor_cluster::node::{NodeConnectionMode, NodeServerSessionInformation};
@@ -21,6 +21,8 @@ use ractor_cluster::{
     BoxRead, BoxWrite, ClusterBidiStream, IncomingEncryptionMode, NodeEventSubscription, NodeServer, NodeServerMessage,
     RactorClusterMessage,
 };
+
+use crate::worker::Workers;
 
 /// The process group of all control actors.
 const GROUP: &str = "ingle/control";
@@ -34,7 +36,9 @@ pub enum ControlMessage {
     Ask(Vec<u8>, RpcReplyPort<Vec<u8>>),
 }
 
-struct ControlActor;
+struct ControlActor {
+    workers: Arc<Workers>,
+}
 
 impl Actor for ControlActor {
     type Msg = ControlMessage;
@@ -48,13 +52,45 @@ impl Actor for ControlActor {
 
     async fn handle(&self, _: ActorRef<Self::Msg>, message: Self::Msg, (): &mut ()) -> Result<(), ActorProcessingErr> {
         let ControlMessage::Ask(bytes, reply) = message;
-        match Frame::from_bytes(&bytes).and_then(|frame| frame.decode::<ControlProbe>()) {
-            // An answer that nobody waits for any more is no error of ours.
-            Ok(_) => drop(reply.send(bytes)),
-            Err(error) => tracing::warn!(%error, "a control message that does not decode"),
+        let frame = match Frame::from_bytes(&bytes) {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::warn!(%error, "a control message that is no frame");
+                return Ok(());
+            }
+        };
+        // An answer that nobody waits for any more is no error of ours.
+        match frame.kind {
+            ControlProbe::KIND => drop(reply.send(bytes)),
+            DrainRequest::KIND => match frame.decode::<DrainRequest>() {
+                Ok(request) => {
+                    // The actor goes on: a drain takes its time, and the probes of others must not wait for it.
+                    let workers = self.workers.clone();
+                    tokio::spawn(async move {
+                        let (running, moved) = carry_out(&workers, request).await;
+                        if let Ok(frame) = encode(&DrainReply { running, moved }) {
+                            let _ = reply.send(frame.to_bytes().to_vec());
+                        }
+                    });
+                }
+                Err(error) => tracing::warn!(%error, "a drain that does not decode"),
+            },
+            kind => tracing::warn!(kind, "a control message of a kind that is not known"),
         }
         Ok(())
     }
+}
+
+/// The longest time that a drain may be given.
+const LONGEST_DRAIN: Duration = Duration::from_secs(3_600);
+
+/// Drains this node's workers, or takes that back.
+pub(crate) async fn carry_out(workers: &Workers, request: DrainRequest) -> (u32, u32) {
+    if request.undo {
+        workers.undo_drain();
+        return (workers.running(), 0);
+    }
+    workers.drain_within(Duration::from_millis(request.limit_ms).min(LONGEST_DRAIN)).await
 }
 
 /// Sessions of the node server by their number, as the actors' ids name it.
@@ -109,7 +145,7 @@ impl std::fmt::Debug for ControlPlane {
 
 impl ControlPlane {
     /// Starts the node server and the control actor.
-    pub async fn start(own: NodeId) -> Result<Self, ractor::SpawnErr> {
+    pub async fn start(own: NodeId, workers: Arc<Workers>) -> Result<Self, ractor::SpawnErr> {
         let server = NodeServer::new(
             0,
             "mutual TLS carries the trust".into(),
@@ -126,7 +162,7 @@ impl ControlPlane {
         let subscription = Box::new(SessionWatch { sessions: sessions.clone() });
         // The server was spawned a moment ago: it takes messages.
         let _ = server.cast(NodeServerMessage::SubscribeToEvents { id: "sessions".into(), subscription });
-        let (actor, _) = Actor::spawn(None, ControlActor, ()).await?;
+        let (actor, _) = Actor::spawn(None, ControlActor { workers }, ()).await?;
         Ok(Self { server, actor, sessions })
     }
 
@@ -141,18 +177,33 @@ impl ControlPlane {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner).values().any(|peer| *peer == node)
     }
 
+    /// The control actors of all peers.
+    fn peers(&self) -> Vec<(NodeId, ActorRef<ControlMessage>)> {
+        let sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        pg::get_members(&GROUP.to_owned())
+            .into_iter()
+            .filter_map(|cell| match cell.get_id() {
+                ActorId::Remote { node_id, .. } => Some((*sessions.get(&node_id)?, cell.into())),
+                ActorId::Local(_) => None,
+            })
+            .collect()
+    }
+
+    /// Asks a peer to drain. Answers when it has, or why it did not.
+    pub async fn drain(&self, node: NodeId, request: DrainRequest) -> Result<DrainReply, String> {
+        let peer = self.peers().into_iter().find(|(peer, _)| *peer == node);
+        let (_, peer) = peer.ok_or("it is not reached over the control plane now")?;
+        let bytes = encode(&request).map_err(|error| error.to_string())?.to_bytes().to_vec();
+        let deadline = Duration::from_millis(request.limit_ms).min(LONGEST_DRAIN) + Duration::from_secs(5);
+        // Never `call!`: without a deadline a call to a dead port does not return.
+        let answer = ractor::call_t!(peer, ControlMessage::Ask, deadline.as_millis() as u64, bytes);
+        let answer = answer.map_err(|error| format!("it gave no answer: {error}"))?;
+        Frame::from_bytes(&answer).and_then(|frame| frame.decode()).map_err(|error| error.to_string())
+    }
+
     /// Asks the control actors of all peers for a sign of life. `None` for those that do not give one in time.
     pub async fn probe_all(&self, deadline: Duration) -> Vec<(NodeId, Option<Duration>)> {
-        let peers: Vec<(NodeId, ActorRef<ControlMessage>)> = {
-            let sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
-            pg::get_members(&GROUP.to_owned())
-                .into_iter()
-                .filter_map(|cell| match cell.get_id() {
-                    ActorId::Remote { node_id, .. } => Some((*sessions.get(&node_id)?, cell.into())),
-                    ActorId::Local(_) => None,
-                })
-                .collect()
-        };
+        let peers = self.peers();
         let mut answers = Vec::with_capacity(peers.len());
         for (node, peer) in peers {
             answers.push((node, Self::probe(&peer, deadline).await));

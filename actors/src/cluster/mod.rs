@@ -25,12 +25,13 @@ use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use ingle_protocol::NodeId;
 use ingle_protocol::liveness::Health;
-use ingle_protocol::wire::v1::{MemberHint, ModelFacts, NodeFacts};
+use ingle_protocol::wire::v1::{DrainReply, DrainRequest, MemberHint, ModelFacts, NodeFacts};
 use time::OffsetDateTime;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub(crate) use control::carry_out;
 pub use endpoint::{bind, plain};
 pub use inference::submit_remote;
 pub use join::{Admission, JoinFailure, join};
@@ -119,7 +120,7 @@ impl Mesh {
         for hint in mesh.remembered() {
             mesh.roster.hear_of(&hint);
         }
-        match ControlPlane::start(own_id).await {
+        match ControlPlane::start(own_id, mesh.workers.clone()).await {
             Ok(control) => {
                 let _ = mesh.control.set(control);
                 mesh.spawn("the control probe", Self::probe_control(mesh.clone()));
@@ -269,6 +270,12 @@ impl Mesh {
 
     // -----------------------------------------------------------------------------------------------------------
     // Control plane
+
+    /// Asks the member of this name to drain, or to take work again.
+    pub async fn drain(&self, node: NodeId, request: DrainRequest) -> Result<DrainReply, String> {
+        let control = self.control.get().ok_or("the control plane of this node does not run; see its log")?;
+        control.drain(node, request).await
+    }
 
     fn attach_control(&self, link: &PeerLink, send: quinn::SendStream, receive: quinn::RecvStream) {
         if let Some(control) = self.control.get() {

@@ -1,17 +1,26 @@
-//! Where a request enters: find the model, choose a worker, watch the answer.
+//! Where a request enters: find the model, wait for its turn, choose a worker, move where that breaks, deliver.
 
+mod admission;
+mod choice;
+mod delivery;
+mod engines;
+mod flight;
+mod journal;
 mod offers;
 mod router;
-mod watch;
 
 use std::time::Duration;
 
 use ingle_protocol::RequestId;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Accepted, Failed, Message, ModelState, Priority, Refused, Sampling, TraceContext};
+use ingle_protocol::wire::v1::{
+    Accepted, Failed, FailureKind, Message, ModelState, Priority, Refused, Sampling, TraceContext,
+};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+pub use admission::AdmissionOptions;
+pub use journal::{Attempt, Considered, Record, RequestRecord};
 pub use router::Gateway;
 
 /// The model name that always means the default one.
@@ -56,6 +65,8 @@ pub struct Reply {
     pub accepted: Accepted,
     /// `Token` frames, then one `Finished` or `Failed`. It never ends without one of the two.
     pub answers: mpsc::Receiver<Answer>,
+    /// What becomes of it and why.
+    pub record: Record,
 }
 
 /// Why there is no answer.
@@ -79,12 +90,33 @@ pub enum GatewayError {
         /// When it is worth trying again.
         retry_after: Duration,
     },
+    /// Whoever asks has more under way than its share.
+    #[error("{why}")]
+    Quota {
+        /// What there is too much of.
+        why: String,
+        /// When it is worth trying again.
+        retry_after: Duration,
+    },
     /// A worker refused the request for what it is, or all of them for lack of room.
     #[error("{}", .0.message)]
     Refused(Refused),
     /// The answer broke before its first token.
     #[error("{}", .0.message)]
     Failed(Failed),
+}
+
+impl GatewayError {
+    /// As the last frame of an answer whose client was told already that it had begun.
+    fn into_failed(self) -> Failed {
+        match self {
+            Self::Failed(failed) => failed,
+            other => {
+                let message = other.to_string();
+                Failed { kind: FailureKind::ConnectionLost, message, retryable: false, migratable: false }
+            }
+        }
+    }
 }
 
 /// Says that there is no such model, and what there is instead.

@@ -1,71 +1,98 @@
-//! One request through the cluster: find the model, pick a worker, watch the answer.
+//! The router of a node: what the cluster offers, who gets in, and each request's flight.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwapOption;
+use ingle_protocol::admission::Rejection;
 use ingle_protocol::liveness::Health;
-use ingle_protocol::names::near;
-use ingle_protocol::routing::{Candidate, Demand, pick};
+use ingle_protocol::prefix::beginnings;
+use ingle_protocol::recovery::{Circuit, RetryBudget};
+use ingle_protocol::routing::Demand;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Accepted, EnginePulse, Failed, FailureKind, ModelState, RefusalKind, Refused, Request};
-use ingle_protocol::{EngineId, ModelDigest, NodeId};
+use ingle_protocol::wire::v1::{EnginePulse, ModelState, Request};
+use ingle_protocol::{EngineId, NodeId, RequestId};
 use tokio::sync::mpsc;
-use tokio::time::timeout_at;
+use tokio::time::{MissedTickBehavior, interval, timeout_at};
+use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use super::admission::{self, Admission, AdmissionOptions, NotAdmitted};
+use super::choice::{self, Usual, Wanted};
+use super::delivery::{self, Delivery};
+use super::engines::Engines;
+use super::flight::{Flight, Step};
+use super::journal::{Journal, RequestRecord};
 use super::offers::{Offer, default_name};
-use super::watch::{Place, Watch, broken, out_of_time};
-use super::{ChatRequest, DEFAULT_MODEL, GatewayError, OfferedModel, Reply};
-use crate::cluster::{Mesh, submit_remote};
-use crate::monitor::{Latencies, Outcome, Timeline, request_span};
+use super::{ChatRequest, GatewayError, OfferedModel, Reply};
+use crate::cluster::Mesh;
+use crate::monitor::{Latencies, Outcome, request_span};
 use crate::worker::{ANSWER_BUFFER, Workers};
 
-/// Tries on other nodes while nothing was computed yet.
-const MOST_RETRIES: u32 = 2;
 /// When an answer counts as begun although no token has come: long prompts must not keep a client without headers.
 const BEGUN_AFTER: Duration = Duration::from_secs(5);
-/// What a client is told to wait where nobody knows better.
-const RETRY_AFTER: Duration = Duration::from_secs(2);
-/// Expected tokens of an answer whose length is not limited.
-const USUAL_ANSWER: u32 = 256;
+/// How often engines are looked at: often enough to see a suspicion as soon as it is one.
+const LOOK: Duration = Duration::from_millis(50);
+/// A look that comes so late says that this node itself stood still; what it sees then is old.
+const STOOD_STILL: Duration = Duration::from_millis(350);
 
-/// The router of this node.
+/// See the module.
 #[derive(Debug)]
-pub struct Gateway {
+pub(super) struct Router {
     name: String,
+    started: Instant,
     mesh: Arc<ArcSwapOption<Mesh>>,
-    workers: Arc<Workers>,
-    /// Requests of this router per engine, where an engine is a node's n-th.
-    in_flight: Mutex<HashMap<(NodeId, u16), Arc<AtomicU32>>>,
+    pub workers: Arc<Workers>,
+    pub engines: Engines,
+    admission: Arc<Admission>,
+    options: AdmissionOptions,
+    retries: Mutex<RetryBudget>,
+    usual: Mutex<HashMap<String, Usual>>,
+    journal: Journal,
     first_heard: Mutex<HashMap<String, u64>>,
     open: Arc<AtomicU32>,
-    /// Latencies of what entered here.
-    pub latencies: Arc<Latencies>,
+    latencies: Arc<Latencies>,
 }
 
-impl Gateway {
-    /// A router over this node's workers and whatever mesh there is.
-    pub fn new(name: &str, mesh: Arc<ArcSwapOption<Mesh>>, workers: Arc<Workers>) -> Self {
-        Self {
-            name: name.to_owned(),
-            mesh,
-            workers,
-            in_flight: Mutex::default(),
-            first_heard: Mutex::default(),
-            open: Arc::default(),
-            latencies: Arc::default(),
-        }
+/// The door of a node for requests.
+#[derive(Debug, Clone)]
+pub struct Gateway(Arc<Router>);
+
+/// Counts an answer that is being passed on.
+pub(super) struct Open(Arc<AtomicU32>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Router {
+    /// The time on the router's own clock.
+    pub fn now(&self) -> Duration {
+        self.started.elapsed()
     }
 
-    /// Answers that are being passed on.
-    pub fn open_answers(&self) -> u32 {
-        self.open.load(Ordering::Acquire)
+    /// Spends a retry, if there is one.
+    pub fn try_retry(&self) -> bool {
+        self.retries.lock().unwrap_or_else(PoisonError::into_inner).try_retry(self.now())
     }
 
-    fn offers(&self) -> Vec<Offer> {
+    /// An answer went well.
+    pub fn learn(&self, model: &str, answer_tokens: u32, bytes: u32, prompt_tokens: u32) {
+        let mut usual = self.usual.lock().unwrap_or_else(PoisonError::into_inner);
+        Usual::observe(&mut usual, model, answer_tokens, bytes, prompt_tokens);
+    }
+
+    fn open(&self) -> Open {
+        self.open.fetch_add(1, Ordering::AcqRel);
+        Open(self.open.clone())
+    }
+
+    /// What all nodes offer now.
+    pub fn offers(&self) -> Vec<Offer> {
         // Without a mesh, while the node changes its cluster, it still has its own models.
         let mesh = self.mesh.load_full();
         let own = mesh.as_ref().map_or_else(NodeId::default, |mesh| mesh.own_id());
@@ -103,11 +130,147 @@ impl Gateway {
         offers
     }
 
+    /// Looks at all engines, and at who waits at the door.
+    fn look(&self) {
+        let offers = self.offers();
+        let now = self.now();
+        let mut known = HashSet::new();
+        for offer in &offers {
+            let Some(id) = offer.facts.engine else { continue };
+            known.insert((id.node, id.index));
+            let peer = match &offer.health {
+                Health::Suspect { why } => Some(why.clone()),
+                // A connection that is gone ends its answers by itself.
+                Health::Alive | Health::Failed { .. } | Health::Left { .. } => None,
+            };
+            self.engines.of(id).look(offer.pulse.as_ref(), peer, now);
+        }
+        self.engines.keep(&known);
+        self.admission.refresh(|name| choice::limits(&offers, name, &self.options));
+    }
+
+    /// What a request needs of the workers, before anybody has counted its tokens.
+    fn wanted(&self, request: &Request, offers: &[Offer]) -> Option<Wanted> {
+        let digest = choice::digest_of(offers, &request.model)?;
+        let usual = {
+            let usual = self.usual.lock().unwrap_or_else(PoisonError::into_inner);
+            usual.get(&request.model).copied().unwrap_or_default()
+        };
+        let beginnings = beginnings(&digest, &request.messages);
+        let bytes = beginnings.last().map_or(0, |(_, bytes)| *bytes);
+        let expected = usual.answer_tokens.ceil() as u32;
+        let demand = Demand {
+            prompt_tokens: (bytes as f32 / usual.bytes_per_token).ceil() as u32,
+            output_tokens: request.sampling.max_tokens.unwrap_or(u32::MAX).min(expected).max(1),
+        };
+        Some(Wanted { digest, demand, beginnings, bytes_per_token: usual.bytes_per_token })
+    }
+
+    async fn admit(
+        &self,
+        request: &Request,
+        wanted: &Wanted,
+        offers: &[Offer],
+        deadline: Instant,
+    ) -> Result<admission::Permit, GatewayError> {
+        let limits = choice::limits(offers, &request.model, &self.options);
+        let tokens = u64::from(wanted.demand.prompt_tokens) + u64::from(wanted.demand.output_tokens);
+        let Request { model, principal, priority, .. } = request;
+        let asks = admission::Request { model, principal, priority: *priority, tokens, deadline };
+        self.admission.enter(asks, limits).await.map_err(|why| match why {
+            NotAdmitted::TooLate => GatewayError::Failed(super::flight::out_of_time()),
+            NotAdmitted::Rejected(Rejection::Quota { retry_after }) => GatewayError::Quota {
+                why: format!(
+                    "You have more requests for `{model}` under way than your share; try again in {} s.",
+                    retry_after.as_secs().max(1)
+                ),
+                retry_after,
+            },
+            NotAdmitted::Rejected(Rejection::Capacity { retry_after }) => GatewayError::NoWorker {
+                why: format!(
+                    "All machines with `{model}` are busy, and as much waits as they compute in {} s; try again in {} s.",
+                    self.options.queue_time.as_secs(),
+                    retry_after.as_secs().max(1)
+                ),
+                retry_after,
+            },
+        })
+    }
+}
+
+impl Gateway {
+    /// A router over this node's workers and whatever mesh there is. [`Gateway::run`] must run beside it.
+    pub fn new(name: &str, mesh: Arc<ArcSwapOption<Mesh>>, workers: Arc<Workers>, options: AdmissionOptions) -> Self {
+        Self(Arc::new(Router {
+            name: name.to_owned(),
+            started: Instant::now(),
+            mesh,
+            workers,
+            engines: Engines::default(),
+            admission: Arc::default(),
+            options,
+            retries: Mutex::default(),
+            usual: Mutex::default(),
+            journal: Journal::default(),
+            first_heard: Mutex::default(),
+            open: Arc::default(),
+            latencies: Arc::default(),
+        }))
+    }
+
+    /// Watches the engines until `cancel`.
+    pub async fn run(self, cancel: CancellationToken) -> Result<(), String> {
+        let mut ticks = interval(LOOK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut last = Instant::now();
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return Ok(()),
+                _ = ticks.tick() => {}
+            }
+            // After a standstill of our own all news is still in the sockets: read it before judging others by it.
+            if last.elapsed() < STOOD_STILL {
+                self.0.look();
+            }
+            last = Instant::now();
+        }
+    }
+
+    /// Answers that are being passed on.
+    pub fn open_answers(&self) -> u32 {
+        self.0.open.load(Ordering::Acquire)
+    }
+
+    /// Requests that wait at the door.
+    pub fn waiting(&self) -> u32 {
+        self.0.admission.waiting()
+    }
+
+    /// Latencies of what entered here.
+    pub fn latencies(&self) -> &Latencies {
+        &self.0.latencies
+    }
+
+    /// What became of a request that entered here, or of the last one.
+    pub fn explain(&self, request: Option<RequestId>) -> Option<RequestRecord> {
+        self.0.journal.find(request)
+    }
+
+    /// Why this node sends nothing to an engine now, if it does not.
+    pub fn trouble(&self, engine: EngineId) -> Option<String> {
+        let engine = self.0.engines.of(engine);
+        engine.suspicion().map(|why| format!("suspect: {why}")).or_else(|| match engine.circuit(self.0.now()) {
+            Circuit::Closed => None,
+            Circuit::Open { why, for_ms } => Some(format!("circuit open for {} s: {why}", for_ms.div_ceil(1_000))),
+            Circuit::HalfOpen { why } => Some(format!("circuit half open: {why}")),
+        })
+    }
+
     /// All models of the cluster, ready or not, the default one first.
     pub fn models(&self) -> Vec<OfferedModel> {
-        let offers = self.offers();
+        let offers = self.0.offers();
         let default = default_name(&offers);
-        let mut first_heard = self.first_heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut first_heard = self.0.first_heard.lock().unwrap_or_else(PoisonError::into_inner);
         let mut models: Vec<OfferedModel> = Vec::new();
         for offer in &offers {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -139,7 +302,7 @@ impl Gateway {
         models
     }
 
-    /// Sends the request to the best worker and returns when its answer has begun.
+    /// Waits for its turn, sends the request to the best worker and returns when its answer has begun.
     pub async fn chat(&self, chat: ChatRequest) -> Result<Reply, GatewayError> {
         let began = Instant::now();
         let deadline = began + chat.deadline;
@@ -151,200 +314,91 @@ impl Gateway {
             priority: chat.priority,
             remaining_ms: 0,
             model: chat.model,
-            digest: ModelDigest::default(),
+            digest: Default::default(),
             messages: chat.messages,
             sampling: chat.sampling,
             resume: Vec::new(),
+            resume_text: Vec::new(),
             extra: chat.extra,
         };
         let span = request_span("route", &request);
         async {
-            let mut tried: Vec<NodeId> = Vec::new();
-            loop {
-                let offers = self.offers();
-                let chosen = match self.choose(&offers, &request, &tried) {
-                    Ok(chosen) => chosen,
-                    Err(Choice::Tried(refused)) => return Err(GatewayError::Refused(refused)),
-                    Err(Choice::Nobody(error)) => return Err(error),
-                };
-                request.model.clone_from(&chosen.facts.name);
-                request.digest = chosen.facts.digest.unwrap_or_default();
-                request.remaining_ms =
-                    deadline.saturating_duration_since(Instant::now()).as_millis().try_into().unwrap_or(u64::MAX);
-                let place = self.take_place(chosen);
-                tracing::debug!(node = chosen.node_name, attempt = request.attempt, "sent to a worker");
-                let refused = match self.begin(chosen, &request, began, deadline, place).await {
-                    Ok(reply) => return Ok(reply),
-                    Err(error) if is_retryable(&error) => error,
-                    Err(error) => return Err(error),
-                };
-                tried.push(chosen.node);
-                request.attempt += 1;
-                if request.attempt > MOST_RETRIES || !self.has_another(&request, &tried) {
-                    return Err(refused);
-                }
+            let offers = self.0.offers();
+            request.model = choice::resolve(&offers, &request.model)?;
+            self.0.retries.lock().unwrap_or_else(PoisonError::into_inner).request(self.0.now());
+            let nobody = || choice::nobody(&offers, &self.0.engines, &request.model, self.0.now());
+            let wanted = self.0.wanted(&request, &offers).ok_or_else(nobody)?;
+            let can_come = choice::is_hope(&offers, wanted.digest);
+            if !can_come {
+                return Err(nobody());
             }
+            request.digest = wanted.digest;
+            let permit = self.0.admit(&request, &wanted, &offers, deadline).await?;
+            let record = self.0.journal.open(record_of(&request, &wanted, began));
+            let flight = Flight::new(self.0.clone(), request, wanted, (began, deadline), record, permit);
+            self.begin(flight).await
         }
         .instrument(span)
         .await
     }
 
-    fn has_another(&self, request: &Request, tried: &[NodeId]) -> bool {
-        self.choose(&self.offers(), request, tried).is_ok()
-    }
-
-    fn choose<'a>(&self, offers: &'a [Offer], request: &Request, tried: &[NodeId]) -> Result<&'a Offer, Choice> {
-        let asked = request.model.trim();
-        let name = if asked.is_empty() || asked == DEFAULT_MODEL { default_name(offers) } else { Some(asked.into()) };
-        let Some(name) = name else {
-            let why = match offers.first() {
-                None => "No machine of this cluster has a model yet. Start one with `ingle up` where there is memory for it.".into(),
-                Some(offer) => format!("This cluster has no default model. Ask for one by name, like `{}`.", offer.facts.name),
+    /// Flies until there is a first sign of an answer.
+    async fn begin(&self, mut flight: Flight) -> Result<Reply, GatewayError> {
+        let open = self.0.open();
+        let mut patience = flight.deadline;
+        let first = loop {
+            let step = match timeout_at(patience.into(), flight.step()).await {
+                Ok(step) => step,
+                // Taken, and long in reading its prompt.
+                Err(_) => break None,
             };
-            return Err(Choice::Nobody(GatewayError::NoWorker { why, retry_after: RETRY_AFTER * 5 }));
-        };
-        let known: Vec<&Offer> = offers.iter().filter(|offer| offer.facts.name == name).collect();
-        if known.is_empty() {
-            let near = near(&name, offers.iter().map(|offer| offer.facts.name.as_str()));
-            let near = near.into_iter().map(str::to_owned).collect();
-            let mut known: Vec<String> = offers.iter().map(|offer| offer.facts.name.clone()).collect();
-            known.sort_unstable();
-            known.dedup();
-            return Err(Choice::Nobody(GatewayError::UnknownModel { model: name, near, known }));
-        }
-        // One name can stand for two contents while a model is being replaced: an attempt that follows another
-        // stays with the content of the first.
-        let digest = if tried.is_empty() {
-            known.iter().filter(|offer| offer.can_answer()).map(|offer| (!offer.local, offer.facts.digest)).min()
-        } else {
-            Some((false, Some(request.digest)))
-        };
-        let able: Vec<&Offer> = known
-            .iter()
-            .copied()
-            .filter(|offer| offer.can_answer() && digest.is_some_and(|(_, digest)| offer.facts.digest == digest))
-            .collect();
-        let candidates: Vec<Candidate> = able.iter().map(|offer| self.candidate(offer)).collect();
-        let characters: usize = request.messages.iter().map(|message| message.content.len()).sum();
-        let demand = Demand {
-            // A gateway has no tokenizer; four bytes a token is the usual estimate for English.
-            prompt_tokens: u32::try_from(characters / 4).unwrap_or(u32::MAX),
-            output_tokens: request.sampling.max_tokens.unwrap_or(USUAL_ANSWER),
-        };
-        match pick(&candidates, tried, demand, rand::random()) {
-            Some(index) => Ok(able[index]),
-            None if tried.is_empty() => {
-                let states: Vec<String> = known.iter().map(|offer| offer.in_words()).collect();
-                let why = format!("The model `{name}` cannot answer now: {}.", states.join("; "));
-                Err(Choice::Nobody(GatewayError::NoWorker { why, retry_after: RETRY_AFTER }))
-            }
-            None => Err(Choice::Tried(Refused {
-                kind: RefusalKind::Busy,
-                message: format!("No machine takes a request for `{name}` now."),
-                param: None,
-                retry_after_ms: Some(1_000),
-            })),
-        }
-    }
-
-    fn candidate(&self, offer: &Offer) -> Candidate {
-        let engine = offer.facts.engine.unwrap_or(EngineId { node: offer.node, index: 0, generation: 0 });
-        let pulse = offer.pulse;
-        Candidate {
-            engine,
-            local: offer.local,
-            in_flight: self.in_flight(engine).load(Ordering::Acquire),
-            running: pulse.map_or(0, |pulse| pulse.running),
-            waiting: pulse.map_or(0, |pulse| pulse.waiting),
-            slots: offer.facts.slots,
-            prefill_rate: pulse.map_or(0.0, |pulse| pulse.prefill_rate),
-            decode_rate: pulse.map_or(0.0, |pulse| pulse.decode_rate),
-        }
-    }
-
-    fn in_flight(&self, engine: EngineId) -> Arc<AtomicU32> {
-        let mut counts = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-        counts.entry((engine.node, engine.index)).or_default().clone()
-    }
-
-    fn take_place(&self, offer: &Offer) -> Place {
-        let engine = offer.facts.engine.unwrap_or(EngineId { node: offer.node, index: 0, generation: 0 });
-        Place::take([self.in_flight(engine), self.open.clone()])
-    }
-
-    /// Submits and waits for the first sign of an answer.
-    async fn begin(
-        &self,
-        offer: &Offer,
-        request: &Request,
-        began: Instant,
-        deadline: Instant,
-        place: Place,
-    ) -> Result<Reply, GatewayError> {
-        let mut inner = match &offer.link {
-            None => self.workers.submit(request.clone()).await,
-            Some(link) => submit_remote(link, request).await.map_err(GatewayError::Refused)?,
-        };
-        let mut timeline = Timeline::new(began);
-        let mut accepted: Option<Accepted> = None;
-        let mut first = None;
-        let mut patience = deadline;
-        loop {
-            let answer = match timeout_at(patience.into(), inner.recv()).await {
-                Ok(answer) => answer.unwrap_or_else(broken),
-                Err(_) if accepted.is_some() && patience < deadline => break,
-                Err(_) => out_of_time(),
-            };
-            timeline.observe(&answer, Instant::now());
-            match answer {
-                Answer::Accepted(body) => {
-                    accepted = Some(body);
-                    patience = deadline.min(Instant::now() + BEGUN_AFTER);
+            match step {
+                Ok(Step::Alive) => {
+                    if flight.accepted.is_some() && patience == flight.deadline {
+                        patience = flight.deadline.min(Instant::now() + BEGUN_AFTER);
+                    }
                 }
-                Answer::Progress(_) => {}
-                Answer::Refused(refused) => return Err(GatewayError::Refused(refused)),
-                Answer::Failed(failed) => {
-                    timeline.close(&self.latencies, &offer.node_name, &request.model, Outcome::Failed, Instant::now());
-                    return Err(GatewayError::Failed(failed));
-                }
-                Answer::Token(_) | Answer::Finished(_) => {
-                    first = Some(answer);
-                    break;
+                Ok(Step::Deliver(answer)) => break Some(answer),
+                Err(error) => {
+                    flight.close(&error.to_string());
+                    let now = Instant::now();
+                    let (node, model) = (flight.node(), flight.model().to_owned());
+                    flight.timeline.clone().close(&self.0.latencies, &node, &model, Outcome::Failed, now);
+                    return Err(error);
                 }
             }
-        }
-        let Some(accepted) = accepted else {
-            let message = "the worker answered before it accepted the request".to_owned();
-            let kind = FailureKind::Protocol;
-            return Err(GatewayError::Failed(Failed { kind, message, retryable: false, migratable: false }));
+        };
+        let Some(accepted) = flight.accepted else {
+            let failed = match first {
+                Some(Answer::Failed(failed)) => failed,
+                _ => super::flight::out_of_time(),
+            };
+            flight.close(&failed.message);
+            return Err(GatewayError::Failed(failed));
         };
         // One more for the last word to a reader that reads too slowly.
         let (answers, reader) = mpsc::channel(ANSWER_BUFFER + 1);
-        let watch = Watch {
-            timeline,
-            latencies: self.latencies.clone(),
-            node: offer.node_name.clone(),
-            model: request.model.clone(),
-            deadline,
-            _place: place,
-        };
-        tokio::spawn(watch.run(first, inner, answers).in_current_span());
-        Ok(Reply { node: offer.node_name.clone(), model: request.model.clone(), accepted, answers: reader })
+        let (node, model, record) = (flight.node(), flight.model().to_owned(), flight.record.clone());
+        let delivery = Delivery { flight, latencies: self.0.latencies.clone(), _open: open };
+        tokio::spawn(delivery::run(delivery, first, answers).in_current_span());
+        Ok(Reply { node, model, accepted, answers: reader, record })
     }
 }
 
-/// Nothing was delivered, and another node may do better.
-fn is_retryable(error: &GatewayError) -> bool {
-    match error {
-        GatewayError::Refused(refused) => refused.kind.is_retryable(),
-        GatewayError::Failed(failed) => failed.retryable,
-        GatewayError::UnknownModel { .. } | GatewayError::NoWorker { .. } => false,
+fn record_of(request: &Request, wanted: &Wanted, began: Instant) -> RequestRecord {
+    let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    RequestRecord {
+        request_id: request.request_id,
+        came_ms: ms(now.saturating_sub(began.elapsed())),
+        model: request.model.clone(),
+        principal: request.principal.clone(),
+        prompt_tokens: wanted.demand.prompt_tokens,
+        expected_tokens: wanted.demand.output_tokens,
+        admitted_after_ms: ms(began.elapsed()),
+        attempts: Vec::new(),
+        notes: Vec::new(),
+        outcome: None,
+        total_ms: None,
     }
-}
-
-enum Choice {
-    /// Nobody could ever be asked.
-    Nobody(GatewayError),
-    /// All who could be asked were.
-    Tried(Refused),
 }

@@ -20,6 +20,8 @@ pub struct ClusterStatus {
     pub http: String,
     /// All nodes, the one that was asked first.
     pub nodes: Vec<NodeStatus>,
+    /// Requests that entered here and wait for a worker.
+    pub waiting: u32,
     /// Latencies of requests that entered here, per (node, model).
     pub latencies: Vec<LatencySummary>,
     /// What went wrong on this node and is not over, in words.
@@ -54,6 +56,10 @@ pub struct ModelStatus {
     pub name: String,
     /// Its state in a word or a few: `ready`, `fetching 12 %`, `failed (why)`.
     pub state: String,
+    /// Its engine, while one runs.
+    pub engine: Option<EngineId>,
+    /// Why the node that was asked sends nothing there now, although it is ready.
+    pub trouble: Option<String>,
     /// SHA-256 of its file.
     pub digest: Option<String>,
     /// It answers requests that name no model.
@@ -135,6 +141,7 @@ pub fn cluster_status(mesh: &Mesh, http: &str) -> ClusterStatus {
         this_node: own_id,
         http: http.to_owned(),
         nodes,
+        waiting: 0,
         latencies: Vec::new(),
         problems: Vec::new(),
     }
@@ -145,12 +152,14 @@ fn model_status(facts: &ModelFacts, pulses: &BTreeMap<EngineId, EnginePulse>) ->
     ModelStatus {
         name: facts.name.clone(),
         state: facts.state.words(),
+        engine: facts.engine,
+        trouble: None,
         digest: facts.digest.map(|digest| digest.to_string()),
         is_default: facts.is_default,
         backend: facts.backend.clone(),
         context_length: facts.context_length,
-        running: pulse.map_or(0, |pulse| pulse.running),
-        waiting: pulse.map_or(0, |pulse| pulse.waiting),
+        running: pulse.map_or(0, |pulse| pulse.load.running),
+        waiting: pulse.map_or(0, |pulse| pulse.load.waiting),
         tokens_per_second: pulse.map_or(0.0, |pulse| pulse.tokens_per_second),
         steps: pulse.map_or(0, |pulse| pulse.step),
     }

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
-use ingle_protocol::NodeId;
-use ingle_protocol::wire::v1::{MemberHint, ModelState, NodeFacts};
+use ingle_protocol::wire::v1::{DrainReply, DrainRequest, MemberHint, ModelState, NodeFacts};
+use ingle_protocol::{NodeId, RequestId};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -22,7 +22,7 @@ pub use options::{
 };
 
 use crate::cluster::{self, Mesh, MeshOptions};
-use crate::gateway::{ChatRequest, Gateway, GatewayError, OfferedModel, Reply};
+use crate::gateway::{ChatRequest, Gateway, GatewayError, OfferedModel, Reply, RequestRecord};
 use crate::identity::Identity;
 use crate::monitor::ClusterStatus;
 use crate::platform::{FileLock, create_private_dir, hardware};
@@ -82,7 +82,10 @@ impl Node {
         let mesh: Arc<ArcSwapOption<Mesh>> = Arc::default();
         let rejoin = Arc::new(Notify::new());
         let (starts, mut started) = watch::channel(0u64);
+        let gateway = Gateway::new(&options.name, mesh.clone(), workers.clone(), options.admission);
+        let watching = gateway.clone();
         let mut services = vec![
+            Service::new("gateway", move |cancel| watching.clone().run(cancel)),
             cluster_service(&options, endpoint, mesh.clone(), workers.clone(), rejoin.clone(), starts),
             facts_service(mesh.clone(), workers.clone()),
         ];
@@ -100,7 +103,6 @@ impl Node {
                 None => "the cluster part of the node did not start in time; see the log (INGLE_LOG=info)".into(),
             }));
         }
-        let gateway = Gateway::new(&options.name, mesh.clone(), workers.clone());
         Ok(Self {
             options,
             mesh,
@@ -135,10 +137,47 @@ impl Node {
     pub fn status(&self) -> Result<ClusterStatus, String> {
         let mesh = self.mesh.load_full().ok_or("this node is changing its cluster; ask again in a moment")?;
         let mut status = crate::monitor::cluster_status(&mesh, &self.options.http.to_string());
-        status.latencies = self.gateway.latencies.summaries();
+        status.latencies = self.gateway.latencies().summaries();
+        for node in &mut status.nodes {
+            for model in &mut node.models {
+                model.trouble = model.engine.and_then(|engine| self.gateway.trouble(engine));
+            }
+        }
+        status.waiting = self.gateway.waiting();
         status.problems = self.supervision.problems.list();
         status.problems.extend(self.model.as_ref().and_then(|model| model.problem()));
         Ok(status)
+    }
+
+    /// Lets the node of this name take nothing new until that is undone: its answers finish within `limit`, or go on
+    /// elsewhere. Returns when nothing runs there any more.
+    pub async fn drain(&self, name: &str, limit: Duration, undo: bool) -> Result<DrainReply, String> {
+        let request = DrainRequest { limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX), undo };
+        if name == self.options.name {
+            let (running, moved) = cluster::carry_out(&self.workers, request).await;
+            return Ok(DrainReply { running, moved });
+        }
+        let mesh = self.mesh.load_full().ok_or("this node is changing its cluster; ask again in a moment")?;
+        let members: Vec<(NodeId, String)> =
+            mesh.roster.lock().iter().map(|(id, member)| (*id, member.name.clone())).collect();
+        match members.iter().find(|(_, known)| known == name) {
+            Some((id, _)) => mesh.drain(*id, request).await.map_err(|why| format!("{name} does not drain: {why}")),
+            None => {
+                let known: Vec<&str> = members.iter().map(|(_, known)| known.as_str()).collect();
+                let known = [vec![self.options.name.as_str()], known].concat().join(", ");
+                Err(format!("There is no node `{name}` in this cluster. There is {known}."))
+            }
+        }
+    }
+
+    /// This node takes nothing new.
+    pub fn is_draining(&self) -> bool {
+        self.workers.is_draining()
+    }
+
+    /// What became of a request that entered here and why; of the last one where no id is given.
+    pub fn explain(&self, request: Option<RequestId>) -> Option<RequestRecord> {
+        self.gateway.explain(request)
     }
 
     /// The state of this node's own model with every change of it; `None` where it has no model.
@@ -191,13 +230,12 @@ impl Node {
         self.workers.drain();
         let deadline = tokio::time::Instant::now() + limit;
         // Answers end by themselves; there is no event for "all of them did".
-        while (self.gateway.open_answers() > 0 || self.workers.running() > 0) && tokio::time::Instant::now() < deadline
-        {
+        while (self.gateway.open_answers() > 0 || self.workers.open() > 0) && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         self.workers.cut_off();
         let grace = tokio::time::Instant::now() + CUT_OFF_GRACE;
-        while (self.gateway.open_answers() > 0 || self.workers.running() > 0) && tokio::time::Instant::now() < grace {
+        while (self.gateway.open_answers() > 0 || self.workers.open() > 0) && tokio::time::Instant::now() < grace {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         self.supervision.stop(Duration::from_secs(4)).await;

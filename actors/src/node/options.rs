@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::gateway::AdmissionOptions;
+
 /// Which model a node runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelChoice {
@@ -165,6 +167,8 @@ pub struct NodeOptions {
     pub device: DeviceKind,
     /// What is set for the model.
     pub parameters: ModelParameters,
+    /// Bounds of what may wait for the workers.
+    pub admission: AdmissionOptions,
     /// Where model files are kept; shared by all nodes of the machine.
     pub model_cache: PathBuf,
     /// Environment variables for the engine processes (how they log).

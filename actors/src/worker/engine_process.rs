@@ -128,11 +128,14 @@ async fn report(engine: &Engine) -> Result<(), String> {
                 // The node puts its own id there: a child does not know who its parent is today.
                 engine: EngineId { node: NodeId::default(), index: 0, generation: 0 },
                 step: snapshot.step,
-                running: snapshot.running,
-                waiting: snapshot.waiting,
+                busy: snapshot.busy,
+                usual_step_ms: snapshot.usual_step_ms,
+                silent_ms: 0,
+                load: snapshot.load,
                 tokens_per_second: snapshot.tokens_per_second,
                 prefill_rate: snapshot.prefill_rate,
                 decode_rate: snapshot.decode_rate,
+                full_decode_rate: snapshot.full_decode_rate,
             },
         };
         write_body(&mut stdout, &report).await.map_err(|error| error.to_string())?;

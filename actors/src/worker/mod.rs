@@ -39,9 +39,11 @@ pub trait Worker: Send + Sync + std::fmt::Debug {
 pub struct Workers {
     list: RwLock<Vec<Arc<dyn Worker>>>,
     draining: AtomicBool,
-    /// Ends what still runs when the time for draining is up.
-    cut_off: CancellationToken,
+    /// Ends what still runs when the time for draining is up; a fresh one for each time.
+    cut_off: RwLock<CancellationToken>,
     running: Arc<AtomicU32>,
+    /// Answers that are on their way to other nodes.
+    passing: Arc<AtomicU32>,
     changed: watch::Sender<u64>,
 }
 
@@ -50,8 +52,9 @@ impl Default for Workers {
         Self {
             list: RwLock::default(),
             draining: AtomicBool::new(false),
-            cut_off: CancellationToken::new(),
+            cut_off: RwLock::default(),
             running: Arc::default(),
+            passing: Arc::default(),
             changed: watch::Sender::new(0),
         }
     }
@@ -101,9 +104,14 @@ impl Workers {
         self.running.load(Ordering::Acquire)
     }
 
-    /// One more answer that is being given, until the value is dropped.
+    /// Answers that are being given, and those whose last frames have not arrived.
+    pub fn open(&self) -> u32 {
+        self.running() + self.passing.load(Ordering::Acquire)
+    }
+
+    /// One more answer that goes to another node, until the value is dropped.
     pub fn hold(&self) -> Running {
-        Running::one_more(&self.running)
+        Running::one_more(&self.passing)
     }
 
     /// Takes nothing new from now on.
@@ -112,15 +120,47 @@ impl Workers {
         self.note_change();
     }
 
-    /// Ends what still runs: its readers get a typed failure.
+    /// Takes work again.
+    pub fn undo_drain(&self) {
+        self.draining.store(false, Ordering::Release);
+        self.note_change();
+    }
+
+    /// It takes nothing new.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Ends what still runs: whoever reads it can go on elsewhere.
     pub fn cut_off(&self) {
-        self.cut_off.cancel();
+        std::mem::take(&mut *self.cut_off.write().unwrap_or_else(PoisonError::into_inner)).cancel();
+    }
+
+    /// Takes nothing new, gives answers `limit` to finish here, then lets them move. Returns how many ran, and how
+    /// many of them moved.
+    pub async fn drain_within(&self, limit: Duration) -> (u32, u32) {
+        self.drain();
+        let running = self.running();
+        let finished = async {
+            // Answers end by themselves; there is no event for "all of them did".
+            while self.open() > 0 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout(limit, finished).await.is_ok() {
+            return (running, 0);
+        }
+        let moved = self.running();
+        if self.is_draining() {
+            self.cut_off();
+        }
+        (running, moved)
     }
 
     /// Gives the request to the worker that has its content.
     pub async fn submit(&self, request: Request) -> mpsc::Receiver<Answer> {
         // Counted first and looked at second: a drain that begins in between waits for this request.
-        let running = self.hold();
+        let running = Running::one_more(&self.running);
         if self.draining.load(Ordering::Acquire) {
             return refused(RefusalKind::Draining, "this node is shutting down".into());
         }
@@ -134,7 +174,7 @@ impl Workers {
         let mut inner = worker.submit(request).await;
         // The count must outlive the answer, wherever the receiver goes.
         let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
-        let cut_off = self.cut_off.clone();
+        let cut_off = self.cut_off.read().unwrap_or_else(PoisonError::into_inner).clone();
         tokio::spawn(async move {
             let _running = running;
             loop {

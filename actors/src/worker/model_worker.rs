@@ -52,6 +52,7 @@ struct Status {
     generation: u32,
     socket: Option<PathBuf>,
     report: Option<EngineReport>,
+    reported_at: Option<Instant>,
 }
 
 /// One model of this node.
@@ -79,7 +80,8 @@ impl ModelWorker {
             ModelChoice::Echo => (ECHO_NAME.to_owned(), ModelState::Loading),
         };
         let digest = matches!(options.choice, ModelChoice::Echo).then(ModelDigest::default);
-        let status = Status { name, digest, state: state.clone(), generation: 0, socket: None, report: None };
+        let status =
+            Status { name, digest, state: state.clone(), generation: 0, socket: None, report: None, reported_at: None };
         Arc::new(Self {
             options,
             workers,
@@ -232,6 +234,7 @@ impl ModelWorker {
             let slow_change = {
                 let mut status = self.status();
                 let known = status.report.replace(report);
+                status.reported_at = Some(Instant::now());
                 status.socket = Some(child.socket.clone());
                 known.is_none_or(|known| known.state != state)
             };
@@ -276,7 +279,9 @@ impl Worker for ModelWorker {
     fn pulse(&self, own: NodeId) -> Option<EnginePulse> {
         let status = self.status();
         let pulse = status.report.as_ref()?.pulse;
-        Some(EnginePulse { engine: self.engine_id(own, &status), ..pulse })
+        let silent = status.reported_at.map_or(Duration::ZERO, |at| at.elapsed());
+        let silent_ms = u32::try_from(silent.as_millis()).unwrap_or(u32::MAX);
+        Some(EnginePulse { engine: self.engine_id(own, &status), silent_ms, ..pulse })
     }
 
     fn submit(&self, request: Request) -> BoxFuture<'_, mpsc::Receiver<Answer>> {

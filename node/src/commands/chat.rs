@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::{explain, unexpected};
+use super::{explain_error, unexpected};
 use crate::cli::Chat;
 use crate::config::Settings;
 use crate::control::{Client, ControlError, Reply, Request};
@@ -24,7 +24,8 @@ pub async fn run(settings: &Settings, chat: Chat) -> anyhow::Result<()> {
         return Err(UsageError("There is nothing to say: the text is empty.".into()).into());
     }
     let request = Request::Chat { text, model: chat.model.unwrap_or_default(), system: chat.system };
-    let mut client = Client::ask(&settings.state_dir, &request).await.map_err(|error| explain(settings, error))?;
+    let mut client =
+        Client::ask(&settings.state_dir, &request).await.map_err(|error| explain_error(settings, error))?;
     let mut line_is_open = false;
     let end = loop {
         match client.next(settings.request_timeout + MARGIN).await {
@@ -38,7 +39,7 @@ pub async fn run(settings: &Settings, chat: Chat) -> anyhow::Result<()> {
             }
             Ok(_) => break Err(unexpected()),
             Err(error @ ControlError::Node(_)) => break Err(error.into()),
-            Err(error) => break Err(explain(settings, error)),
+            Err(error) => break Err(explain_error(settings, error)),
         }
     };
     // Also before an error: it belongs on a line of its own.

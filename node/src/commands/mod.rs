@@ -2,6 +2,8 @@
 
 mod bench;
 mod chat;
+mod drain;
+mod explain;
 mod join;
 mod models;
 mod progress;
@@ -37,6 +39,8 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Join(join) => block_on(many_threads()?, join::run(&settings, join))?,
         Command::Token(token) => block_on(many_threads()?, token::run(&settings, token))?,
         Command::Status(status) => block_on(one_thread()?, status::run(&settings, status))?,
+        Command::Explain(explain) => block_on(one_thread()?, explain::run(&settings, explain))?,
+        Command::Drain(drain) => block_on(one_thread()?, drain::run(&settings, drain))?,
         Command::Chat(chat) => block_on(one_thread()?, chat::run(&settings, chat))?,
         Command::Bench(bench) => block_on(many_threads()?, bench::run(&settings, bench))?,
         Command::Models(models) => block_on(many_threads()?, models::run(&settings, models))?,
@@ -71,7 +75,7 @@ fn block_on(runtime: tokio::runtime::Runtime, command: impl Future<Output = anyh
 }
 
 /// A command that needs a node found none, or another error as it is.
-fn explain(settings: &Settings, error: ControlError) -> anyhow::Error {
+fn explain_error(settings: &Settings, error: ControlError) -> anyhow::Error {
     match error {
         ControlError::NoNode => anyhow!(
             "No node runs with the state directory {}. Start one with `ingle up{}`.",

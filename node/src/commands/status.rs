@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ingle_actors::monitor::{ClusterStatus, LatencySummary, ModelStatus, NodeStatus};
 
-use super::{explain, unexpected};
+use super::{explain_error, unexpected};
 use crate::cli::Status;
 use crate::config::Settings;
 use crate::control::{Client, Reply, Request};
@@ -16,7 +16,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// Prints the status that the running node gives.
 pub async fn run(settings: &Settings, status: Status) -> anyhow::Result<()> {
     let mut client =
-        Client::ask(&settings.state_dir, &Request::Status).await.map_err(|error| explain(settings, error))?;
+        Client::ask(&settings.state_dir, &Request::Status).await.map_err(|error| explain_error(settings, error))?;
     let Reply::Status(cluster) = client.next(DEADLINE).await? else { return Err(unexpected()) };
     if status.json {
         return output::print(&format!("{}\n", serde_json::to_string_pretty(&cluster)?));
@@ -47,6 +47,14 @@ fn render(status: &ClusterStatus) -> String {
         for (model, why) in node.models.iter().filter_map(|model| Some((model, failure(model)?))) {
             text += &format!("\n{} on {} has failed: {why}\n", model.name, node.name);
         }
+    }
+    for node in &status.nodes {
+        for (model, why) in node.models.iter().filter_map(|model| Some((model, model.trouble.as_ref()?))) {
+            text += &format!("\n{} on {} gets no requests from here now: {why}\n", model.name, node.name);
+        }
+    }
+    if status.waiting > 0 {
+        text += &format!("\n{} requests that entered here wait for a worker.\n", status.waiting);
     }
     if !status.latencies.is_empty() {
         let head = ["ANSWERED BY", "MODEL", "DONE", "FAILED", "QUEUE", "PREFILL", "FIRST", "GAP", "TOTAL"];
@@ -114,7 +122,7 @@ fn latency_row(latency: &LatencySummary) -> Vec<String> {
 }
 
 /// Columns as wide as their widest cell; those from `numbers` on stand to the right.
-fn table(rows: &[Vec<String>], numbers: usize) -> String {
+pub(super) fn table(rows: &[Vec<String>], numbers: usize) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
@@ -154,6 +162,8 @@ mod tests {
         let model = ModelStatus {
             name: "smollm2".into(),
             state: "ready".into(),
+            engine: None,
+            trouble: None,
             digest: None,
             is_default: true,
             backend: "cpu".into(),
@@ -183,6 +193,7 @@ mod tests {
                 node("tower", 1, Health::Alive, Some(0), vec![model]),
                 node("mini", 2, Health::Failed { why: "timed out".into() }, Some(12_400), vec![]),
             ],
+            waiting: 0,
             latencies: vec![latency],
             problems: vec![],
         };

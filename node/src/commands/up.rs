@@ -128,6 +128,7 @@ fn node_options(settings: &Settings, http: SocketAddr, quic: SocketAddr) -> Node
         model: settings.model.clone(),
         device: settings.device,
         parameters: settings.parameters.clone(),
+        admission: settings.admission,
         model_cache: settings.model_cache.clone(),
         engine_environment: settings.log.environment(),
     }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ingle_actors::gateway::AdmissionOptions;
 use ingle_actors::node::{DeviceKind, ModelParameters};
 use serde::Deserialize;
 
@@ -22,6 +23,8 @@ pub struct ConfigFile {
     pub cluster: ClusterPart,
     /// The model that runs here.
     pub model: ModelPart,
+    /// What may wait for the workers.
+    pub admission: AdmissionPart,
     /// Logs.
     pub log: LogPart,
 }
@@ -117,6 +120,26 @@ pub struct ModelPart {
 impl Default for ModelPart {
     fn default() -> Self {
         Self { choice: "default".into(), device: DeviceKind::Auto, cache: None, parameters: ModelParameters::default() }
+    }
+}
+
+/// What may wait for the workers, for each model.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdmissionPart {
+    /// As much may wait as the workers compute in this time.
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    pub queue_time: Duration,
+    /// Requests that may wait.
+    pub queue_requests: u32,
+    /// Estimated tokens a minute for each principal; as many as there is room for where missing.
+    pub tokens_per_minute: Option<u64>,
+}
+
+impl Default for AdmissionPart {
+    fn default() -> Self {
+        let AdmissionOptions { queue_time, queued, quota_per_minute } = AdmissionOptions::default();
+        Self { queue_time, queue_requests: queued, tokens_per_minute: quota_per_minute }
     }
 }
 

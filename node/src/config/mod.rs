@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use etcetera::BaseStrategy;
+use ingle_actors::gateway::AdmissionOptions;
 use ingle_actors::node::{DeviceKind, ModelChoice, ModelParameters};
 
 pub use address::{Listen, is_loopback};
@@ -150,6 +151,8 @@ pub struct Settings {
     pub request_timeout: Duration,
     /// How long running answers may take to finish when the node ends.
     pub drain_limit: Duration,
+    /// What may wait for the workers.
+    pub admission: AdmissionOptions,
     /// Logs.
     pub log: LogSettings,
 }
@@ -231,6 +234,9 @@ impl Settings {
         if file.http.request_timeout.is_zero() {
             return Err(UsageError("[http] request_timeout is 0: nothing could be answered.".into()));
         }
+        if file.admission.tokens_per_minute == Some(0) {
+            return Err(UsageError("[admission] tokens_per_minute is 0: nobody could ask anything.".into()));
+        }
         if let Some(problem) = file.model.parameters.problem() {
             return Err(UsageError(format!("[model.parameters] {problem}.")));
         }
@@ -250,6 +256,11 @@ impl Settings {
             body_limit: in_range("body_limit_mib", file.http.body_limit_mib, LARGEST_BODY_MIB)? << 20,
             request_timeout: file.http.request_timeout,
             drain_limit,
+            admission: AdmissionOptions {
+                queue_time: file.admission.queue_time,
+                queued: file.admission.queue_requests,
+                quota_per_minute: file.admission.tokens_per_minute,
+            },
             log: LogSettings {
                 filter: layer.log_filter.unwrap_or(file.log.filter),
                 format: layer.log_format.unwrap_or(file.log.format),

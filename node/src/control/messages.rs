@@ -1,7 +1,9 @@
 //! What goes over the control socket: one JSON object a line. A connection carries one request and its replies.
 
+use ingle_actors::gateway::RequestRecord;
 use ingle_actors::monitor::ClusterStatus;
 use ingle_actors::node::{JoinOptions, Joined, MintedToken};
+use ingle_actors::protocol::RequestId;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -21,6 +23,20 @@ pub enum Request {
     },
     /// Join another cluster.
     Join(JoinOptions),
+    /// What became of a request.
+    Explain {
+        /// Its id; the last one where there is none.
+        request: Option<RequestId>,
+    },
+    /// Let a node take nothing new.
+    Drain {
+        /// The node's name.
+        node: String,
+        /// How long its answers may take to finish there, in milliseconds.
+        limit_ms: u64,
+        /// Let it take work again instead.
+        undo: bool,
+    },
     /// Answer a text.
     Chat {
         /// What the person says.
@@ -42,6 +58,15 @@ pub enum Reply {
     Token(MintedToken),
     /// To `Join`.
     Joined(Joined),
+    /// To `Explain`.
+    Explained(Box<RequestRecord>),
+    /// To `Drain`.
+    Drained {
+        /// Answers that were running.
+        running: u32,
+        /// How many of them moved.
+        moved: u32,
+    },
     /// To `Chat`: a piece of the answer.
     Text(String),
     /// To `Chat`: the answer is complete.

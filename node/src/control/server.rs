@@ -121,6 +121,10 @@ async fn serve(stream: LocalStream, node: &Arc<Node>, chat_deadline: Duration) -
 }
 
 async fn answer(node: Arc<Node>, request: Request) -> Reply {
+    let deadline = match &request {
+        Request::Drain { limit_ms, .. } => CHANGE_DEADLINE.saturating_add(Duration::from_millis(*limit_ms)),
+        _ => CHANGE_DEADLINE,
+    };
     // In a task of its own: a join must not be torn in two because somebody pressed Ctrl-C.
     let work = tokio::spawn(async move {
         match request {
@@ -136,10 +140,24 @@ async fn answer(node: Arc<Node>, request: Request) -> Reply {
                 Ok(joined) => Reply::Joined(joined),
                 Err(error) => Reply::Error(error.to_string()),
             },
+            Request::Explain { request } => match (node.explain(request), request) {
+                (Some(record), _) => Reply::Explained(Box::new(record)),
+                (None, None) => Reply::Error("No request has entered at this node yet.".into()),
+                (None, Some(id)) => Reply::Error(format!(
+                    "This node does not remember the request {id}: it keeps the last 512 that entered here. Ask the \
+                     node where it entered."
+                )),
+            },
+            Request::Drain { node: name, limit_ms, undo } => {
+                match node.drain(&name, Duration::from_millis(limit_ms), undo).await {
+                    Ok(drained) => Reply::Drained { running: drained.running, moved: drained.moved },
+                    Err(why) => Reply::Error(why),
+                }
+            }
             Request::Chat { .. } => Reply::Error("a chat is answered elsewhere".into()),
         }
     });
-    match tokio::time::timeout(CHANGE_DEADLINE, work).await {
+    match tokio::time::timeout(deadline, work).await {
         Ok(Ok(reply)) => reply,
         Ok(Err(_)) => Reply::Error("something went wrong inside the node; its log says more".into()),
         Err(_) => Reply::Error("the node is still working on it; see `ingle status`".into()),

@@ -38,6 +38,9 @@ fn why_not(app: &App) -> Option<String> {
     if !app.is_accepting() {
         return Some("the node is shutting down".into());
     }
+    if app.node.is_draining() {
+        return Some("the node is being drained".into());
+    }
     if app.node.models().iter().any(can_answer) {
         return None;
     }

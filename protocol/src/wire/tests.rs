@@ -169,6 +169,8 @@ fn samples() -> Vec<(&'static str, Frame)> {
             pulse: engine_pulse(),
         }),
         sample(ControlProbe { nonce: 99 }),
+        sample(DrainRequest { limit_ms: 20_000, undo: false }),
+        sample(DrainReply { running: 5, moved: 1 }),
     ]
 }
 

@@ -64,6 +64,8 @@ frames! {
     0x3c AuthorityRefused at_most 4 * KIB;
     0x40 EngineReport at_most 64 * KIB;
     0x50 ControlProbe at_most KIB;
+    0x51 DrainRequest at_most KIB;
+    0x52 DrainReply at_most 4 * KIB;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -658,4 +660,22 @@ pub struct EngineReport {
 pub struct ControlProbe {
     /// Any number.
     pub nonce: u64,
+}
+
+/// Asks a node to take nothing new and to let its answers finish or move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainRequest {
+    /// How long answers may take to finish here before they move, in milliseconds.
+    pub limit_ms: u64,
+    /// Take work again instead.
+    pub undo: bool,
+}
+
+/// The answer to a [`DrainRequest`], given when nothing runs any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainReply {
+    /// Answers that were running when the drain began.
+    pub running: u32,
+    /// How many of them had to move.
+    pub moved: u32,
 }

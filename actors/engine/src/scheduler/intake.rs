@@ -143,12 +143,12 @@ impl Intake {
             times: Times { submitted: at, admitted: None, first_token: None },
             span,
         };
-        let context_length = self.context_length;
-        sequence.output.send(Answer::Accepted(Accepted { prompt_tokens, cached_tokens: 0, context_length }));
+        let (context_length, load) = (self.context_length, self.shared.load());
+        sequence.output.send(Answer::Accepted(Accepted { prompt_tokens, cached_tokens: 0, context_length, load }));
         if let Some(end) = sequence.replay(&*self.codec) {
             // The last token had been delivered, only the end had not. A stalled output cannot be here: the
             // channel has carried one frame at most.
-            drop(sequence.end(end));
+            drop(sequence.end(end, self.shared.load()));
             return None;
         }
         sequence.output.queued(self.shared.waiting.load(Ordering::Relaxed).saturating_sub(1));

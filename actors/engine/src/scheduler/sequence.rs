@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::{
-    Failed, FailureKind, FinishReason, Finished, LOGPROB_BYTES_LIMIT, Logprob, Logprobs, Priority, Sampling, Token,
-    Usage,
+    Failed, FailureKind, FinishReason, Finished, LOGPROB_BYTES_LIMIT, Load, Logprob, Logprobs, Priority, Sampling,
+    Token, Usage,
 };
 
 use super::blocks::Table;
@@ -170,13 +170,13 @@ impl Sequence {
         self.is_full().map(End::Finished)
     }
 
-    /// Sends the last frame and writes down what the request took. `Some` while the reader has to catch up.
-    pub fn end(self, end: End) -> Option<Lingering> {
+    /// Sends the last frame, with the engine's load, and writes down what the request took. `Some` while the reader has to catch up.
+    pub fn end(self, end: End, load: Load) -> Option<Lingering> {
         self.log(&end);
         let usage =
             Usage { prompt_tokens: self.prompt, cached_tokens: self.cached, completion_tokens: self.generated() };
         match end {
-            End::Finished(reason) => self.output.end(Answer::Finished(Finished { reason, usage })),
+            End::Finished(reason) => self.output.end(Answer::Finished(Finished { reason, usage, load })),
             End::Failed(kind, message) => {
                 let goes_on = matches!(kind, FailureKind::EngineError | FailureKind::ShuttingDown);
                 let retryable = goes_on && self.generated() == 0;

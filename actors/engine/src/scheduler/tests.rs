@@ -52,6 +52,7 @@ fn request(content: &str) -> Request {
         messages: vec![Message { role: Role::User, content: content.into(), extra: vec![] }],
         sampling: Sampling { seed: 1, ..Sampling::default() },
         resume: vec![],
+        resume_text: vec![],
         extra: vec![],
     }
 }
@@ -77,6 +78,7 @@ impl Whole {
         match self.last.clone() {
             Some(Answer::Finished(mut finished)) => {
                 finished.usage.cached_tokens = 0;
+                finished.load = Load::default();
                 Some(Answer::Finished(finished))
             }
             last => last,
@@ -162,9 +164,10 @@ fn an_answer_is_whole() {
     assert_eq!(finished.reason, FinishReason::Stop);
     let (prompt, answer) = ("héllo 😀".len() as u32 + 3, "héllo 😀".len() as u32 + 1);
     assert_eq!(finished.usage, Usage { prompt_tokens: prompt, cached_tokens: 0, completion_tokens: answer });
-    assert_eq!(whole.accepted, Some(Accepted { prompt_tokens: prompt, cached_tokens: 0, context_length: 8192 }));
+    let load = Load { running: 0, waiting: 1, backlog_tokens: 0 };
+    assert_eq!(whole.accepted, Some(Accepted { prompt_tokens: prompt, cached_tokens: 0, context_length: 8192, load }));
     let snapshot = engine.snapshot();
-    assert_eq!((snapshot.state, snapshot.running, snapshot.waiting), (ModelState::Ready, 0, 0));
+    assert_eq!((snapshot.state, snapshot.load.running, snapshot.load.waiting), (ModelState::Ready, 0, 0));
     assert!(snapshot.step >= u64::from(answer) && snapshot.tokens_per_second >= answer as f32, "{}", snapshot.step);
     assert!(snapshot.prefill_rate > 0.0 && snapshot.decode_rate > 0.0);
 }
@@ -295,15 +298,15 @@ fn a_client_that_leaves_frees_its_slot_within_a_step() {
     while !matches!(receiver.blocking_recv(), Some(Answer::Token(_))) {}
     let step = engine.snapshot().step;
     drop(receiver);
-    until(|| engine.snapshot().running == 0);
+    until(|| engine.snapshot().load.running == 0);
     assert!(engine.snapshot().step <= step + 3, "{} steps later", engine.snapshot().step - step);
     // One that waits leaves the queue as well.
     let first = submit(&engine, request("repeat 1000 every 10ms: x"), 64);
-    until(|| engine.snapshot().running == 1);
+    until(|| engine.snapshot().load.running == 1);
     let second = submit(&engine, request("y"), 64);
-    until(|| engine.snapshot().waiting == 1);
+    until(|| engine.snapshot().load.waiting == 1);
     drop(second);
-    until(|| engine.snapshot().waiting == 0);
+    until(|| engine.snapshot().load.waiting == 0);
     drop(first);
     assert_eq!(ask(&engine, request("z")).text(), "z");
 }
@@ -313,11 +316,11 @@ fn a_slow_reader_holds_up_nobody_and_loses_its_answer_in_the_end() {
     let reader_deadline = Duration::from_millis(400);
     let engine = started(EngineSpec { options: slots(2), reader_deadline, ..echo() });
     let slow = submit(&engine, request("repeat 100: x"), 4);
-    until(|| engine.snapshot().running == 1);
+    until(|| engine.snapshot().load.running == 1);
     let start = Instant::now();
     assert_eq!(ask(&engine, request("repeat 50: y")).text().len(), 50);
     assert!(start.elapsed() < reader_deadline, "the quick reader waited for the slow one");
-    until(|| engine.snapshot().running == 0);
+    until(|| engine.snapshot().load.running == 0);
     assert!(start.elapsed() > reader_deadline / 2);
     let whole = Whole::collect(slow);
     assert_eq!(whole.failed().kind, FailureKind::ReaderTooSlow);
@@ -336,7 +339,7 @@ fn a_reader_that_catches_up_misses_nothing() {
     // The last token does not fit and its reader comes late: the slot is free all the same.
     let mut late = submit(&engine, changed("abcdef", |r| r.sampling.max_tokens = Some(4)), 3);
     while !matches!(late.blocking_recv(), Some(Answer::Token(_))) {}
-    until(|| engine.snapshot().running == 0);
+    until(|| engine.snapshot().load.running == 0);
     let rest: Vec<Answer> = std::iter::from_fn(|| late.blocking_recv()).collect();
     assert!(
         matches!(&rest[..], [Answer::Token(_), Answer::Token(_), Answer::Token(last), Answer::Finished(_)] if last.text == b"d"),
@@ -348,16 +351,16 @@ fn a_reader_that_catches_up_misses_nothing() {
 fn the_queue_is_bounded_and_served_by_priority() {
     let engine = started(EngineSpec { options: slots(1), queue: 3, ..echo() });
     let first = submit(&engine, request("repeat 30 every 10ms: x"), 64);
-    until(|| engine.snapshot().running == 1);
+    until(|| engine.snapshot().load.running == 1);
     let order = std::sync::Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for (name, priority) in
             [("background", Priority::Background), ("normal", Priority::Normal), ("interactive", Priority::Interactive)]
         {
-            let waiting = engine.snapshot().waiting;
+            let waiting = engine.snapshot().load.waiting;
             // Long enough for the order of their ends to be seen by threads that are woken late.
             let receiver = submit(&engine, changed("repeat 10 every 20ms: y", |r| r.priority = priority), 64);
-            until(|| engine.snapshot().waiting > waiting);
+            until(|| engine.snapshot().load.waiting > waiting);
             let order = &order;
             scope.spawn(move || {
                 let whole = Whole::collect(receiver);
@@ -403,7 +406,7 @@ fn silence_is_never_longer_than_250_ms() {
 fn deadlines_end_what_runs_and_what_waits() {
     let engine = started(EngineSpec { options: slots(1), ..echo() });
     let running = submit(&engine, changed("repeat 1000 every 10ms: x", |r| r.remaining_ms = 300), 64);
-    until(|| engine.snapshot().running == 1);
+    until(|| engine.snapshot().load.running == 1);
     let waiting = submit(&engine, changed("y", |r| r.remaining_ms = 100), 64);
     let waiting = Whole::collect(waiting);
     assert_eq!(waiting.failed().kind, FailureKind::DeadlineExceeded);
@@ -417,7 +420,7 @@ fn deadlines_end_what_runs_and_what_waits() {
 fn a_panic_in_a_step_ends_every_answer_and_is_reported() {
     let engine = started(EngineSpec { options: slots(2), ..echo() });
     let other = submit(&engine, request("repeat 1000 every 5ms: y"), 1024);
-    until(|| engine.snapshot().running == 1);
+    until(|| engine.snapshot().load.running == 1);
     let whole = ask(&engine, request("panic after 3: hello"));
     assert_eq!(whole.text(), "hel");
     assert_eq!(whole.failed().kind, FailureKind::EngineError);
@@ -435,9 +438,9 @@ fn draining_refuses_the_new_and_finishes_the_old() {
     let mut changes = engine.changed();
     let before = *changes.borrow_and_update();
     let running = submit(&engine, request("repeat 20 every 5ms: x"), 64);
-    until(|| engine.snapshot().running == 1);
+    until(|| engine.snapshot().load.running == 1);
     let waiting = submit(&engine, request("y"), 64);
-    until(|| engine.snapshot().waiting == 1);
+    until(|| engine.snapshot().load.waiting == 1);
     engine.drain();
     assert!(*changes.borrow_and_update() > before);
     assert_eq!(ask(&engine, request("z")).refused().kind, RefusalKind::Draining);
@@ -450,7 +453,7 @@ fn draining_refuses_the_new_and_finishes_the_old() {
 fn stopping_leaves_nobody_without_an_end() {
     let engine = started(EngineSpec { options: slots(1), ..echo() });
     let running = submit(&engine, request("repeat 1000 every 5ms: x"), 1024);
-    until(|| engine.snapshot().running == 1);
+    until(|| engine.snapshot().load.running == 1);
     let mut waiting = submit(&engine, request("y"), 64);
     while !matches!(waiting.blocking_recv(), Some(Answer::Accepted(_))) {}
     engine.stop();

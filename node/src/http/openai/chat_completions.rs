@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::Extension;
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::Response;
 use ingle_actors::gateway::{ChatRequest, Reply};
 use ingle_actors::protocol::wire::Answer;
@@ -24,6 +24,10 @@ use crate::ingress;
 
 /// Name of the node that began the answer.
 const NODE: HeaderName = HeaderName::from_static("x-ingle-node");
+/// In a request: whose turn comes first when not all can be served.
+const PRIORITY: HeaderName = HeaderName::from_static("x-ingle-priority");
+/// In a request `true`: say who could have answered and why this one does; in the answer: just that.
+const EXPLAIN: HeaderName = HeaderName::from_static("x-ingle-explain");
 
 /// What all chunks of an answer have in common.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,10 +109,10 @@ pub async fn create(
     let result = answer(&app, context, principal, request, &mut log).await;
     match result {
         Ok(Begun::Whole(response)) => Ok(response),
-        Ok(Begun::Stream { head, include_usage, reply, node }) => {
+        Ok(Begun::Stream { head, include_usage, reply, headers }) => {
             log.streams = true;
             let mut response = stream::respond(head, include_usage, reply.answers, log);
-            insert(&mut response, NODE, &node);
+            headers.insert(&mut response);
             Ok(response)
         }
         Err(error) => {
@@ -126,7 +130,7 @@ enum Begun {
     /// It is complete.
     Whole(Response),
     /// The rest comes.
-    Stream { head: Head, include_usage: bool, reply: Reply, node: String },
+    Stream { head: Head, include_usage: bool, reply: Reply, headers: AnswerHeaders },
 }
 
 async fn answer(
@@ -136,6 +140,8 @@ async fn answer(
     request: Request,
     log: &mut RequestLog,
 ) -> Result<Begun, ApiError> {
+    let priority = priority_of(request.headers())?;
+    let explains = request.headers().get(EXPLAIN).is_some_and(|value| value == "true" || value == "1");
     let body = body::read(request, app.body_limit, &app.body_memory).await?;
     let seed = ingress::random_seed();
     let parsed = if body.len() > LARGE_BODY {
@@ -158,7 +164,7 @@ async fn answer(
         request_id: context.request_id,
         trace: context.trace,
         principal,
-        priority: Priority::Normal,
+        priority,
         deadline: app.request_timeout,
         model: parsed.model,
         messages: parsed.messages,
@@ -175,12 +181,12 @@ async fn answer(
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         model: reply.model.clone(),
     };
-    let node = reply.node.clone();
+    let headers = AnswerHeaders { node: reply.node.clone(), explain: explains.then(|| reply.record.lock().line()) };
     if parsed.stream {
-        return Ok(Begun::Stream { head, include_usage: parsed.include_usage, reply, node });
+        return Ok(Begun::Stream { head, include_usage: parsed.include_usage, reply, headers });
     }
     let mut response = ok(collect(head, &mut reply, wants_logprobs, log).await?);
-    insert(&mut response, NODE, &node);
+    headers.insert(&mut response);
     Ok(Begun::Whole(response))
 }
 
@@ -203,7 +209,7 @@ async fn collect(
                     logprobs.extend(token.logprobs);
                 }
             }
-            Answer::Finished(Finished { reason, usage }) => {
+            Answer::Finished(Finished { reason, usage, .. }) => {
                 let content = String::from_utf8(text)
                     .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
                 let message = AnswerMessage { role: "assistant", content, refusal: None };
@@ -220,9 +226,32 @@ async fn collect(
     }
 }
 
-fn insert(response: &mut Response, name: HeaderName, value: &str) {
-    if let Ok(value) = HeaderValue::try_from(value) {
-        response.headers_mut().insert(name, value);
+/// What an answer's headers say of its way.
+struct AnswerHeaders {
+    node: String,
+    explain: Option<String>,
+}
+
+impl AnswerHeaders {
+    fn insert(&self, response: &mut Response) {
+        for (name, value) in [(NODE, Some(&self.node)), (EXPLAIN, self.explain.as_ref())] {
+            if let Some(value) = value.and_then(|value| HeaderValue::try_from(value).ok()) {
+                response.headers_mut().insert(name, value);
+            }
+        }
+    }
+}
+
+fn priority_of(headers: &HeaderMap) -> Result<Priority, ApiError> {
+    let Some(value) = headers.get(PRIORITY) else { return Ok(Priority::Normal) };
+    match value.as_bytes() {
+        b"background" => Ok(Priority::Background),
+        b"normal" => Ok(Priority::Normal),
+        b"interactive" => Ok(Priority::Interactive),
+        _ => Err(ApiError::invalid(
+            PRIORITY.as_str(),
+            "The header x-ingle-priority is `background`, `normal` or `interactive`.",
+        )),
     }
 }
 
@@ -283,7 +312,8 @@ impl Drop for RequestLog {
 
 #[cfg(test)]
 mod tests {
-    use ingle_actors::protocol::wire::v1::{Accepted, Token};
+    use ingle_actors::gateway::Record;
+    use ingle_actors::protocol::wire::v1::{Accepted, Load, Token};
     use tokio::sync::mpsc;
 
     use super::*;
@@ -291,8 +321,8 @@ mod tests {
     #[tokio::test]
     async fn a_whole_answer_in_the_usual_shape() {
         let (sender, answers) = mpsc::channel(8);
-        let accepted = Accepted { prompt_tokens: 3, cached_tokens: 1, context_length: 100 };
-        let mut reply = Reply { node: "tower".into(), model: "m".into(), accepted, answers };
+        let accepted = Accepted { prompt_tokens: 3, cached_tokens: 1, context_length: 100, load: Load::default() };
+        let mut reply = Reply { node: "tower".into(), model: "m".into(), accepted, answers, record: Record::default() };
         // A character that two tokens share stays one character.
         for text in [&b"h"[..], b"\xc3", b"\xa9"] {
             sender
@@ -301,7 +331,10 @@ mod tests {
                 .unwrap();
         }
         let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 3 };
-        sender.send(Answer::Finished(Finished { reason: FinishReason::Stop, usage })).await.unwrap();
+        sender
+            .send(Answer::Finished(Finished { reason: FinishReason::Stop, usage, load: Load::default() }))
+            .await
+            .unwrap();
         let head = Head { id: "chatcmpl-1".into(), created: 5, model: "m".into() };
         let mut log = RequestLog::new(Span::none(), false);
         let body = serde_json::to_string(&collect(head, &mut reply, false, &mut log).await.unwrap()).unwrap();

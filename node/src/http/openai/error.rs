@@ -101,6 +101,12 @@ impl ApiError {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID, Some("request_too_large"), message)
     }
 
+    /// 429: whoever asks has more under way than its share.
+    pub fn over_quota(message: impl Into<String>, retry_after: Duration) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("rate_limit_exceeded"), message);
+        Self { retry_after: Some(retry_after), ..error }
+    }
+
     /// 500: a fault of ours.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, SERVER, Some("internal_error"), message)
@@ -126,6 +132,7 @@ impl From<GatewayError> for ApiError {
         match error {
             GatewayError::UnknownModel { .. } => Self::no_model(message),
             GatewayError::NoWorker { retry_after, .. } => Self::unavailable("no_worker", message, Some(retry_after)),
+            GatewayError::Quota { retry_after, .. } => Self::over_quota(message, retry_after),
             GatewayError::Refused(refused) => refused.into(),
             GatewayError::Failed(failed) => failed.into(),
         }

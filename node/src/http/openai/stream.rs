@@ -204,7 +204,7 @@ pub fn respond(head: Head, include_usage: bool, answers: mpsc::Receiver<Answer>,
 
 #[cfg(test)]
 mod tests {
-    use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Logprob, Token};
+    use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Load, Logprob, Token};
 
     use super::*;
 
@@ -218,7 +218,7 @@ mod tests {
 
     fn finished() -> Answer {
         let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 };
-        Answer::Finished(Finished { reason: FinishReason::Length, usage })
+        Answer::Finished(Finished { reason: FinishReason::Length, usage, load: Load::default() })
     }
 
     fn failed() -> Answer {

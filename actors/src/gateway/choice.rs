@@ -1,0 +1,254 @@
+//! Who could answer, and who is asked: offers of the cluster into candidates, and the reasons of those left out.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ingle_protocol::admission::Limits;
+use ingle_protocol::liveness::Health;
+use ingle_protocol::names::near;
+use ingle_protocol::routing::{Candidate, Demand, pick};
+use ingle_protocol::wire::v1::ModelState;
+use ingle_protocol::{EngineId, ModelDigest};
+
+use super::admission::AdmissionOptions;
+use super::engines::{Engine, Engines};
+use super::journal::Considered;
+use super::offers::{Offer, default_name};
+use super::{DEFAULT_MODEL, GatewayError};
+
+/// What a client is told to wait where nobody knows better.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// Rates assumed where none was measured, for the size of the queue in front of the workers.
+const UNMEASURED_RATE: f32 = 10.0;
+
+/// What a request asks of the workers.
+#[derive(Debug, Clone)]
+pub(super) struct Wanted {
+    pub digest: ModelDigest,
+    pub demand: Demand,
+    /// See [`ingle_protocol::prefix::beginnings`].
+    pub beginnings: Vec<(u64, u32)>,
+    /// Bytes that become a token, as last observed.
+    pub bytes_per_token: f32,
+}
+
+/// The name that a request means.
+pub(super) fn resolve(offers: &[Offer], asked: &str) -> Result<String, GatewayError> {
+    let asked = asked.trim();
+    let name = if asked.is_empty() || asked == DEFAULT_MODEL { default_name(offers) } else { Some(asked.into()) };
+    let Some(name) = name else {
+        let why = match offers.first() {
+            None => {
+                "No machine of this cluster has a model yet. Start one with `ingle up` where there is memory for it."
+                    .into()
+            }
+            Some(offer) => {
+                format!("This cluster has no default model. Ask for one by name, like `{}`.", offer.facts.name)
+            }
+        };
+        return Err(GatewayError::NoWorker { why, retry_after: RETRY_AFTER * 5 });
+    };
+    if offers.iter().any(|offer| offer.facts.name == name) {
+        return Ok(name);
+    }
+    let near = near(&name, offers.iter().map(|offer| offer.facts.name.as_str()));
+    let near = near.into_iter().map(str::to_owned).collect();
+    let mut known: Vec<String> = offers.iter().map(|offer| offer.facts.name.clone()).collect();
+    known.sort_unstable();
+    known.dedup();
+    Err(GatewayError::UnknownModel { model: name, near, known })
+}
+
+/// The content that a name stands for. While a model is being replaced there can be two: this node's goes first, then
+/// the one that can answer.
+pub(super) fn digest_of(offers: &[Offer], name: &str) -> Option<ModelDigest> {
+    offers
+        .iter()
+        .filter(|offer| offer.facts.name == name && offer.facts.digest.is_some())
+        .map(|offer| (!offer.can_answer(), !offer.local, offer.facts.digest))
+        .min()
+        .and_then(|(_, _, digest)| digest)
+}
+
+/// Nobody can answer now.
+pub(super) fn nobody(offers: &[Offer], engines: &Engines, name: &str, now: Duration) -> GatewayError {
+    let states: Vec<String> = offers
+        .iter()
+        .filter(|offer| offer.facts.name == name)
+        .map(|offer| match trouble(offer, engines, now) {
+            Some(why) if offer.can_answer() => format!("{}: {why}", offer.node_name),
+            _ => offer.in_words(),
+        })
+        .collect();
+    let why = format!("The model `{name}` cannot answer now: {}.", states.join("; "));
+    GatewayError::NoWorker { why, retry_after: RETRY_AFTER }
+}
+
+fn trouble(offer: &Offer, engines: &Engines, now: Duration) -> Option<String> {
+    let engine = engines.of(offer.facts.engine?);
+    match engine.suspicion() {
+        Some(why) => Some(why),
+        None if engine.is_allowed(now) => None,
+        None => Some("it failed several times in a row and is left alone for a while".into()),
+    }
+}
+
+/// Somebody who cannot answer now may well in a moment: an engine that starts again or is under suspicion.
+pub(super) fn is_hope(offers: &[Offer], digest: ModelDigest) -> bool {
+    offers.iter().filter(|offer| offer.facts.digest == Some(digest)).any(|offer| {
+        let reachable = offer.local || matches!(offer.health, Health::Alive | Health::Suspect { .. });
+        reachable && matches!(offer.facts.state, ModelState::Ready | ModelState::Loading | ModelState::Warming)
+    })
+}
+
+/// One choice: whom, at what engine, and who was considered.
+pub(super) struct Choice<'a> {
+    pub offer: &'a Offer,
+    pub id: EngineId,
+    pub engine: Arc<Engine>,
+    pub cached_tokens: u32,
+    pub considered: Vec<Considered>,
+}
+
+/// Chooses among all who have the content. Engines in `avoid` are not asked again; their nodes only where nobody else
+/// is left (an engine that was started again is another engine).
+pub(super) fn choose<'a>(
+    offers: &'a [Offer],
+    engines: &Engines,
+    wanted: &Wanted,
+    avoid: &[EngineId],
+    now: Duration,
+) -> Option<Choice<'a>> {
+    let mut able: Vec<(&Offer, EngineId, Arc<Engine>)> = Vec::new();
+    let mut candidates: Vec<Candidate> = Vec::new();
+    let mut considered: Vec<Considered> = Vec::new();
+    for offer in offers.iter().filter(|offer| offer.facts.digest == Some(wanted.digest)) {
+        let left_out = |why: String| Considered {
+            node: offer.node_name.clone(),
+            estimate: None,
+            left_out: Some(why),
+            in_flight: 0,
+            running: 0,
+            waiting: 0,
+            slots: offer.facts.slots,
+            cached_tokens: 0,
+            prefill_rate: 0.0,
+            decode_rate: 0.0,
+        };
+        let id = match offer.facts.engine {
+            Some(id) if offer.can_answer() => id,
+            _ => {
+                considered.push(left_out(offer.in_words()));
+                continue;
+            }
+        };
+        if avoid.contains(&id) {
+            considered.push(left_out("it was asked before".into()));
+            continue;
+        }
+        if let Some(why) = trouble(offer, engines, now) {
+            considered.push(left_out(why));
+            continue;
+        }
+        let engine = engines.of(id);
+        let candidate = candidate(offer, id, &engine, wanted);
+        considered.push(Considered {
+            estimate: Some(candidate.estimate(wanted.demand)),
+            left_out: None,
+            in_flight: candidate.in_flight,
+            running: candidate.running,
+            waiting: candidate.waiting,
+            cached_tokens: candidate.cached_tokens,
+            prefill_rate: candidate.prefill_rate,
+            decode_rate: candidate.decode_rate,
+            ..left_out(String::new())
+        });
+        able.push((offer, id, engine));
+        candidates.push(candidate);
+    }
+    let nodes: Vec<_> = avoid.iter().map(|engine| engine.node).collect();
+    let random = rand::random();
+    let index =
+        pick(&candidates, &nodes, wanted.demand, random).or_else(|| pick(&candidates, &[], wanted.demand, random))?;
+    let cached_tokens = candidates[index].cached_tokens;
+    let (offer, id, engine) = able.swap_remove(index);
+    Some(Choice { offer, id, engine, cached_tokens, considered })
+}
+
+fn candidate(offer: &Offer, id: EngineId, engine: &Engine, wanted: &Wanted) -> Candidate {
+    let pulse = offer.pulse;
+    let load = pulse.map(|pulse| pulse.load).unwrap_or_default();
+    let rate = |of: fn(&ingle_protocol::wire::v1::EnginePulse) -> f32| pulse.as_ref().map_or(0.0, of);
+    let cached = engine.known_bytes(&wanted.beginnings) as f32 / wanted.bytes_per_token;
+    Candidate {
+        engine: id,
+        local: offer.local,
+        in_flight: engine.in_flight(),
+        running: load.running,
+        waiting: load.waiting,
+        slots: offer.facts.slots,
+        backlog_tokens: load.backlog_tokens.max(engine.unread()),
+        cached_tokens: (cached as u32).min(wanted.demand.prompt_tokens),
+        prefill_rate: rate(|pulse| pulse.prefill_rate),
+        decode_rate: rate(|pulse| pulse.decode_rate),
+        full_decode_rate: rate(|pulse| pulse.full_decode_rate),
+        ready_in: Duration::ZERO,
+    }
+}
+
+/// What the workers of a model can take together.
+pub(super) fn limits(offers: &[Offer], name: &str, options: &AdmissionOptions) -> Limits {
+    let (mut in_flight, mut tokens, mut rate) = (0u32, 0u64, 0f64);
+    for offer in offers.iter().filter(|offer| offer.facts.name == name && offer.can_answer()) {
+        let slots = offer.facts.slots.max(1);
+        // A few more than there are slots, so that no slot is empty while the next request is on its way.
+        in_flight = in_flight.saturating_add(slots + (slots / 4).max(1));
+        tokens = tokens.saturating_add(u64::from(slots) * u64::from(offer.facts.context_length.max(4_096)));
+        let (full, alone) = offer.pulse.map_or((0.0, 0.0), |pulse| (pulse.full_decode_rate, pulse.decode_rate));
+        let each = [full, alone, UNMEASURED_RATE].into_iter().find(|rate| *rate > 0.0).unwrap_or(UNMEASURED_RATE);
+        rate += f64::from(each) * f64::from(slots);
+    }
+    Limits {
+        in_flight,
+        in_flight_tokens: tokens,
+        queued_tokens: (rate * options.queue_time.as_secs_f64()) as u64,
+        queued: options.queued,
+        tokens_per_second: rate,
+        quota_per_minute: options.quota_per_minute,
+    }
+}
+
+/// What was learnt of a model's requests at this gateway.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Usual {
+    pub answer_tokens: f32,
+    pub bytes_per_token: f32,
+}
+
+impl Default for Usual {
+    /// Four bytes a token is the usual estimate for English.
+    fn default() -> Self {
+        Self { answer_tokens: 256.0, bytes_per_token: 4.0 }
+    }
+}
+
+/// How much a new observation counts against all earlier ones.
+const WEIGHT: f32 = 0.1;
+/// Models whose habits are remembered.
+const MOST_MODELS: usize = 256;
+
+impl Usual {
+    /// An answer ended.
+    pub fn observe(list: &mut HashMap<String, Self>, model: &str, answer_tokens: u32, bytes: u32, prompt_tokens: u32) {
+        if list.len() >= MOST_MODELS && !list.contains_key(model) {
+            return;
+        }
+        let usual = list.entry(model.to_owned()).or_default();
+        usual.answer_tokens += WEIGHT * (answer_tokens as f32 - usual.answer_tokens);
+        if prompt_tokens > 0 && bytes > 0 {
+            let measured = (bytes as f32 / prompt_tokens as f32).clamp(0.25, 16.0);
+            usual.bytes_per_token += WEIGHT * (measured - usual.bytes_per_token);
+        }
+    }
+}
