@@ -13,6 +13,9 @@ pub const MOST_RETRIES: u32 = 2;
 /// Moves of one answer that has begun. Each needs another worker, so that this bounds a bad day, not a household.
 pub const MOST_MIGRATIONS: u32 = 8;
 
+/// Engines that may die with a request on them before it is suspected to be the reason.
+pub const MOST_DEATHS: u32 = 2;
+
 /// What becomes of a request whose attempt broke.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NextMove {
@@ -33,11 +36,14 @@ pub struct Standing {
     pub retries: u32,
     /// Moves so far.
     pub migrations: u32,
+    /// Engines that died with it. What kills one engine after the other must not go through the whole house.
+    pub deaths: u32,
 }
 
 impl Standing {
     fn next(self) -> NextMove {
         match self.delivered {
+            _ if self.deaths >= MOST_DEATHS => NextMove::GiveUp,
             0 if self.retries < MOST_RETRIES => NextMove::Retry,
             1.. if self.migrations < MOST_MIGRATIONS => NextMove::Migrate,
             _ => NextMove::GiveUp,
@@ -225,11 +231,12 @@ mod tests {
 
     #[test]
     fn before_the_first_token_it_is_tried_again_and_after_it_moved() {
-        let fresh = Standing { delivered: 0, retries: 0, migrations: 0 };
+        let fresh = Standing { delivered: 0, retries: 0, migrations: 0, deaths: 0 };
         let begun = Standing { delivered: 1, ..fresh };
         assert_eq!(fresh.after_failure(&failed(true, true)), NextMove::Retry);
         assert_eq!(begun.after_failure(&failed(false, true)), NextMove::Migrate);
         assert_eq!(begun.after_failure(&failed(true, false)), NextMove::GiveUp, "what was delivered is not said twice");
+        assert_eq!(Standing { deaths: 2, ..begun }.after_failure(&failed(true, true)), NextMove::GiveUp);
         assert_eq!(Standing { retries: 2, ..fresh }.after_failure(&failed(true, true)), NextMove::GiveUp);
         let refused = |kind| Refused { kind, message: String::new(), param: None, retry_after_ms: None };
         assert_eq!(fresh.after_refusal(&refused(RefusalKind::Busy)), NextMove::Retry);

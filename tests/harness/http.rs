@@ -66,6 +66,15 @@ impl Machine {
         Answer::of(client().get(self.url(path)).send().await.unwrap()).await
     }
 
+    /// Asks for a completion with headers.
+    pub async fn ask_with(&self, body: &Value, headers: &[(&str, &str)]) -> Answer {
+        let mut request = client().post(self.url("/v1/chat/completions")).json(body);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        Answer::of(request.send().await.unwrap()).await
+    }
+
     /// Asks for a completion.
     pub async fn ask(&self, body: &Value) -> Answer {
         let request = client().post(self.url("/v1/chat/completions")).json(body);
@@ -147,6 +156,14 @@ pub struct Streamed {
 }
 
 impl Events {
+    /// Waits until so much text has come.
+    pub async fn until_text(mut self, bytes: usize) -> Self {
+        while self.seen.text.len() < bytes {
+            assert!(self.more().await, "the stream ended too soon: {:?}", self.seen);
+        }
+        self
+    }
+
     /// Waits for the first piece of text.
     pub async fn begun(mut self) -> Self {
         while self.seen.text.is_empty() {

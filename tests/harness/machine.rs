@@ -68,6 +68,14 @@ impl Machine {
         self
     }
 
+    /// Its configuration file.
+    pub fn settings(self, text: &str) -> Self {
+        std::fs::create_dir_all(self.state_dir()).unwrap();
+        std::fs::set_permissions(self.state_dir(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        std::fs::write(self.state_dir().join("ingle.toml"), text).unwrap();
+        self
+    }
+
     /// It can be reached from other machines, and looks for them by mDNS.
     pub fn on_the_network(mut self) -> Self {
         self.quic = "0.0.0.0:0".into();
@@ -217,6 +225,11 @@ impl Machine {
     /// `ingle status --json`.
     pub async fn status(&self) -> Status {
         Status::read(&self.ingle(&["status", "--json"]).await.ok())
+    }
+
+    /// `ingle explain --json`.
+    pub async fn explain(&self, request: &str) -> Value {
+        serde_json::from_str(&self.ingle(&["explain", request, "--json"]).await.ok()).unwrap()
     }
 
     /// Asks for the status until it is as expected.

@@ -11,7 +11,7 @@ mod status;
 
 use std::time::Duration;
 
-pub use http::{Answer, client};
+pub use http::{Answer, Events, Streamed, client};
 pub use machine::Machine;
 pub use process::{Ran, finish, ingle, is_alive, kill, listening_ports, run};
 pub use quic::{Certificate, QuicClient, tls};
@@ -34,6 +34,25 @@ pub async fn tower_and_mini() -> (Machine, Machine) {
     mini.up().await;
     mini.until("tower's model is ready", |status| status.model("tower")["state"] == "ready").await;
     (tower, mini)
+}
+
+/// Some machines that answer with `model`, and `mini`, which has none and knows theirs.
+pub async fn workers_and_mini(names: &[&str], model: &str) -> (Vec<Machine>, Machine) {
+    let mut workers: Vec<Machine> = names.iter().map(|name| Machine::new(name).model(model)).collect();
+    let (first, others) = workers.split_first_mut().unwrap();
+    first.up().await;
+    for other in others {
+        other.join(first).await;
+        other.up().await;
+    }
+    let mut mini = Machine::new("mini");
+    mini.join(&workers[0]).await;
+    mini.up().await;
+    for worker in &workers {
+        let ready = |status: &Status| status.model(&worker.name)["state"] == "ready";
+        mini.until("all models are ready", ready).await;
+    }
+    (workers, mini)
 }
 
 /// An answer of several minutes from an echo engine.

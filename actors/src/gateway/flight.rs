@@ -116,6 +116,7 @@ pub(super) struct Flight {
     avoid: Vec<EngineId>,
     retries: u32,
     migrations: u32,
+    deaths: u32,
     numerics: Option<String>,
     pub accepted: Option<Accepted>,
     pub timeline: Timeline,
@@ -144,6 +145,7 @@ impl Flight {
             avoid: Vec::new(),
             retries: 0,
             migrations: 0,
+            deaths: 0,
             numerics: None,
             accepted: None,
             timeline: Timeline::new(began),
@@ -167,7 +169,8 @@ impl Flight {
     }
 
     fn standing(&self) -> Standing {
-        Standing { delivered: self.delivered(), retries: self.retries, migrations: self.migrations }
+        let Self { retries, migrations, deaths, .. } = *self;
+        Standing { delivered: self.delivered(), retries, migrations, deaths }
     }
 
     /// The next thing that happens to the request. An error is its end before anything was delivered; afterwards the
@@ -270,6 +273,7 @@ impl Flight {
             }
             self.avoid.push(attempt.id);
         }
+        self.deaths += u32::from(matches!(failed.kind, FailureKind::EngineDied | FailureKind::EngineError));
         let next = self.standing().after_failure(&failed);
         let cause = format!("{}: {}", failed.kind.as_str(), failed.message);
         self.go_on(next, &cause, Answer::Failed(failed), true)
