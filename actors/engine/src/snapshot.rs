@@ -22,6 +22,8 @@ pub struct EngineSnapshot {
     pub slots: u32,
     /// Request fields beyond the common ones that it honours.
     pub features: Vec<String>,
+    /// Bytes of memory that were missing where the state is a failure for lack of it, else 0.
+    pub missing_memory: u64,
     /// Counts steps (chunks of prompts count).
     pub step: u64,
     /// Sequences that have a slot.
@@ -43,12 +45,28 @@ pub(crate) struct Facts {
     pub numerics: String,
     pub context_length: u32,
     pub slots: u32,
+    /// Bytes of memory that were missing where the state is a failure for lack of it.
+    pub missing_memory: u64,
+}
+
+/// What can change between two steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Sequences decoded together.
+    pub slots: u32,
+    /// Tokens of an answer at most.
+    pub max_tokens: Option<u32>,
+    /// Tokens of prompts in a step; `None`: what the engine likes.
+    pub chunk: Option<u32>,
+    /// Threads that compute.
+    pub threads: usize,
 }
 
 /// The part that all threads of an engine share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     facts: Mutex<Facts>,
+    limits: Mutex<Limits>,
     version: watch::Sender<u64>,
     pub step: AtomicU64,
     pub running: AtomicU32,
@@ -65,16 +83,18 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub fn new(slots: u32) -> Self {
+    pub fn new(limits: Limits) -> Self {
         let facts = Facts {
             state: ModelState::Loading,
             backend: String::new(),
             numerics: String::new(),
             context_length: 0,
-            slots,
+            slots: limits.slots,
+            missing_memory: 0,
         };
         Self {
             facts: Mutex::new(facts),
+            limits: Mutex::new(limits),
             version: watch::Sender::new(0),
             step: AtomicU64::new(0),
             running: AtomicU32::new(0),
@@ -90,6 +110,15 @@ impl Shared {
     pub fn update(&self, change: impl FnOnce(&mut Facts)) {
         change(&mut lock(&self.facts));
         self.version.send_modify(|version| *version += 1);
+    }
+
+    pub fn limits(&self) -> Limits {
+        *lock(&self.limits)
+    }
+
+    pub fn set_limits(&self, limits: Limits) {
+        *lock(&self.limits) = limits;
+        self.update(|facts| facts.slots = limits.slots);
     }
 
     pub fn changed(&self) -> watch::Receiver<u64> {
@@ -134,6 +163,7 @@ impl Shared {
             context_length: facts.context_length,
             slots: facts.slots,
             features: Vec::new(),
+            missing_memory: facts.missing_memory,
             step: self.step.load(Ordering::Relaxed),
             running: self.running.load(Ordering::Relaxed),
             waiting: self.waiting.load(Ordering::Relaxed),
@@ -211,7 +241,7 @@ mod tests {
 
     #[test]
     fn rates_follow_slowly_and_ignore_nonsense() {
-        let shared = Shared::new(1);
+        let shared = Shared::new(Limits::default());
         shared.observe_decode(f32::INFINITY);
         assert_eq!(shared.decode_rate(), 0.0);
         shared.observe_decode(10.0);

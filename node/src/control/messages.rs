@@ -1,7 +1,7 @@
 //! What goes over the control socket: one JSON object a line. A connection carries one request and its replies.
 
 use ingle_actors::monitor::ClusterStatus;
-use ingle_actors::node::{JoinOptions, Joined, MintedToken};
+use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, ShownParameters};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -21,6 +21,20 @@ pub enum Request {
     },
     /// Join another cluster.
     Join(JoinOptions),
+    /// The parameters of the node's own model.
+    ShowParameters {
+        /// The model's name, or `default`.
+        model: String,
+    },
+    /// Change parameters of the node's own model.
+    SetParameters {
+        /// The model's name, or `default`.
+        model: String,
+        /// What to set; null takes a parameter back.
+        changes: ParameterChanges,
+        /// Let the engine finish and start it anew, also where a second one could take over.
+        restart: bool,
+    },
     /// Answer a text.
     Chat {
         /// What the person says.
@@ -42,6 +56,12 @@ pub enum Reply {
     Token(MintedToken),
     /// To `Join`.
     Joined(Joined),
+    /// To `ShowParameters`.
+    Parameters(ShownParameters),
+    /// To `SetParameters`: how far it is, in words. One comes every few seconds.
+    Progress(String),
+    /// To `SetParameters`: they hold, and how that came.
+    ParametersSet(Outcome),
     /// To `Chat`: a piece of the answer.
     Text(String),
     /// To `Chat`: the answer is complete.

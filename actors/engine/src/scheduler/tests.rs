@@ -9,6 +9,7 @@ use super::*;
 use crate::gguf::tiny;
 use crate::{Engine, EngineSpec, ModelOptions, ModelSource};
 
+mod adjusting;
 mod sampling;
 
 const WAIT: Duration = Duration::from_secs(20);
