@@ -1,6 +1,7 @@
 //! Workers: what turns a request into an answer.
 
 mod child_engine;
+mod engine_change;
 mod engine_life;
 pub mod engine_process;
 mod model_worker;
