@@ -31,6 +31,7 @@ mod nobody_without_a_certificate_gets_a_byte;
 mod nodes_find_each_other_by_mdns;
 mod one_request_has_one_trace_in_all_processes;
 mod the_openai_client_library_works;
+mod tools_are_called_from_any_machine;
 mod two_nodes_of_one_name_are_told;
 mod what_is_said_about_the_choice_of_tokens_holds_on_another_machine;
 mod what_was_acknowledged_survives_kill_9;

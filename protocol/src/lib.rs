@@ -6,6 +6,7 @@
 pub mod ids;
 pub mod liveness;
 pub mod names;
+pub mod raw_json;
 pub mod routing;
 pub mod wire;
 

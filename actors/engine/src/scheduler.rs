@@ -17,7 +17,7 @@ use ingle_protocol::wire::v1::{FailureKind, ModelState};
 use crate::device::{self, Loaded};
 use crate::sampler::Sampler;
 use crate::snapshot::{Limits, Shared};
-use crate::text::Codec;
+use crate::text::{Codec, ToolSupport};
 use crate::{EngineError, EngineSpec, StepEngine};
 
 mod batch;
@@ -125,6 +125,10 @@ fn load(spec: &EngineSpec, shared: &Shared) -> Result<Loaded, EngineError> {
         facts.backend.clone_from(&capabilities.backend);
         facts.numerics.clone_from(&capabilities.numerics);
         facts.context_length = capabilities.context_length;
+        facts.features = match loaded.codec.tools() {
+            ToolSupport::Known(format) => vec![format.feature()],
+            ToolSupport::None | ToolSupport::Unknown => Vec::new(),
+        };
         if facts.state == ModelState::Loading {
             facts.state = ModelState::Warming;
         }

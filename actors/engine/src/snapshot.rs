@@ -45,6 +45,7 @@ pub(crate) struct Facts {
     pub numerics: String,
     pub context_length: u32,
     pub slots: u32,
+    pub features: Vec<String>,
     /// Bytes of memory that were missing where the state is a failure for lack of it.
     pub missing_memory: u64,
 }
@@ -90,6 +91,7 @@ impl Shared {
             numerics: String::new(),
             context_length: 0,
             slots: limits.slots,
+            features: Vec::new(),
             missing_memory: 0,
         };
         Self {
@@ -162,7 +164,7 @@ impl Shared {
             numerics: facts.numerics.clone(),
             context_length: facts.context_length,
             slots: facts.slots,
-            features: Vec::new(),
+            features: facts.features.clone(),
             missing_memory: facts.missing_memory,
             step: self.step.load(Ordering::Relaxed),
             running: self.running.load(Ordering::Relaxed),

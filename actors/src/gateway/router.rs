@@ -329,7 +329,13 @@ impl Gateway {
             _place: place,
         };
         tokio::spawn(watch.run(first, inner, answers).in_current_span());
-        Ok(Reply { node: offer.node_name.clone(), model: request.model.clone(), accepted, answers: reader })
+        Ok(Reply {
+            node: offer.node_name.clone(),
+            model: request.model.clone(),
+            features: offer.facts.features.clone(),
+            accepted,
+            answers: reader,
+        })
     }
 }
 

@@ -174,7 +174,7 @@ impl Intake {
             let message = format!("{} is not here: this engine runs {}", request.digest, self.digest);
             return Err(refuse(RefusalKind::UnknownModel, Some("model"), message));
         }
-        check_extra(request)?;
+        check_extra(request, self.codec.tools())?;
         check_sampling(&request.sampling, self.vocabulary)?;
         if request.messages.is_empty() {
             return Err(invalid("messages", "there must be at least one message"));
