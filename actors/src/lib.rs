@@ -29,5 +29,10 @@ pub mod platform;
 pub mod supervisor;
 pub mod worker;
 
+/// How models call tools: the engine's own, for those who write answers.
+pub mod tools {
+    pub use ingle_engine::text::{AnswerPart, ToolCall, ToolCallParser, ToolFormat};
+}
+
 pub use ingle_protocol as protocol;
 pub use node::{Node, NodeOptions};

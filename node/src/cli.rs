@@ -10,7 +10,7 @@ use crate::logging::LogFormat;
 
 mod models;
 
-pub use models::{EmbedTexts, EvaluateModels, Models, ModelsCommand, QuantizeModel};
+pub use models::{EmbedTexts, EvaluateModels, Models, ModelsCommand, QuantizeModel, SetParameters, ShowParameters};
 
 /// The machines of a home or small office as one private AI assistant.
 ///
@@ -80,7 +80,7 @@ pub enum Command {
     ///
     /// Loads the model in this process; stop a node that uses the same processor first, as the two would share it.
     Bench(Bench),
-    /// Convert model files to other formats, and measure what that costs
+    /// Set a model's parameters, convert model files, and measure what that costs
     Models(Models),
     /// The engine process, started by the node
     #[command(hide = true)]

@@ -9,6 +9,7 @@ pub mod liveness;
 pub mod names;
 pub mod prefix;
 pub mod recovery;
+pub mod raw_json;
 pub mod routing;
 pub mod wire;
 

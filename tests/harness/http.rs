@@ -146,6 +146,8 @@ pub struct Streamed {
     pub deltas: Vec<String>,
     pub finish_reason: Option<String>,
     pub usage: Option<Value>,
+    /// Calls of tools, whole.
+    pub tool_calls: Vec<Value>,
     /// Entries of `logprobs`, of all chunks.
     pub logprobs: Vec<Value>,
     /// The error event.
@@ -223,6 +225,7 @@ impl Streamed {
                 assert_eq!(choice["index"], 0);
                 self.finish_reason = choice["finish_reason"].as_str().map(str::to_owned);
                 self.logprobs.extend(choice["logprobs"]["content"].as_array().into_iter().flatten().cloned());
+                self.tool_calls.extend(choice["delta"]["tool_calls"].as_array().into_iter().flatten().cloned());
                 match choice["delta"]["content"].as_str() {
                     None | Some("") => {}
                     Some(text) => {

@@ -1,5 +1,6 @@
 //! One machine of the cluster: a state directory, and a node that runs there or not.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -153,6 +154,11 @@ impl Machine {
         super::until("the engine process runs", async || children(self.pid()).first().copied()).await
     }
 
+    /// The process ids of all its engines: more than one while one takes over from another.
+    pub fn engines(&self) -> Vec<u32> {
+        children(self.pid())
+    }
+
     /// Sends its node a signal.
     pub fn signal(&self, signal: Signal) {
         kill(self.pid(), signal);
@@ -186,6 +192,20 @@ impl Machine {
         let mut command = ingle();
         command.args(arguments).arg("--state-dir").arg(self.state_dir());
         finish(command).await
+    }
+
+    /// `ingle models set` for its model: what it came to.
+    pub async fn set(&self, model: &str, values: &[&str]) -> String {
+        let ran = self.ingle(&[&["models", "set", model, "--json"], values].concat()).await;
+        let said: Value = serde_json::from_str(&ran.ok()).unwrap();
+        said["outcome"].as_str().unwrap().to_owned()
+    }
+
+    /// `ingle models show` of its model, by the parameters' names.
+    pub async fn parameters(&self, model: &str) -> BTreeMap<String, Value> {
+        let shown: Value = serde_json::from_str(&self.ingle(&["models", "show", model, "--json"]).await.ok()).unwrap();
+        let parameters = shown["parameters"].as_array().unwrap().iter();
+        parameters.map(|shown| (shown["name"].as_str().unwrap().to_owned(), shown.clone())).collect()
     }
 
     /// A token and the address to join with it.

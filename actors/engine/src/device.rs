@@ -36,7 +36,7 @@ pub(crate) struct Loaded {
 pub(crate) fn load(spec: &EngineSpec) -> Result<Loaded, EngineError> {
     match &spec.source {
         ModelSource::Echo => {
-            let echo = Echo::new(spec.options.slots, spec.options.context_length);
+            let echo = Echo::new(spec.options.room(), spec.options.context_length);
             Ok(Loaded { engine: Box::new(echo), codec: Arc::new(EchoCodec::default()) })
         }
         ModelSource::Gguf(path) => {

@@ -17,13 +17,15 @@
 //! | `panic after M` | panics instead of token M |
 //! | `exit after M` | ends the whole process instead of token M, with code 101 |
 //!
+//! Tools are accepted and not looked at; a text in Hermes's format (`<tool_call>{"name": …}</tool_call>`) is a call.
+//!
 //! `repeat 500 every 20ms: hello ` says "hello hello hello …" for 50 seconds (each byte is a token).
 
 use std::time::Duration;
 
 use ingle_protocol::wire::v1::{Message, Role};
 
-use crate::text::{Codec, PromptError};
+use crate::text::{Codec, PromptError, ToolFormat, ToolSupport};
 use crate::{Capabilities, EngineError, Logits, StepEngine, StepEntry};
 
 /// Begins a turn; the role's number is added.
@@ -67,6 +69,11 @@ impl Codec for EchoCodec {
         }
         tokens.push(ASSISTANT);
         Ok(tokens)
+    }
+
+    /// It knows nothing of them, but may be asked to say a call.
+    fn tools(&self) -> ToolSupport {
+        ToolSupport::Known(ToolFormat::Hermes)
     }
 
     fn bytes(&self, id: u32) -> &[u8] {

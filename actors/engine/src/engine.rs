@@ -7,19 +7,21 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{ModelState, RefusalKind, Refused, Request};
+use ingle_protocol::wire::v1::{LiveParameters, ModelState, RefusalKind, Refused, Request};
 use tokio::sync::{mpsc, watch};
 
 use crate::sampler::TokenMask;
 use crate::scheduler::{self, LastWord, Place, Submission, Wake};
-use crate::snapshot::Shared;
-use crate::{EngineSnapshot, EngineSpec};
+use crate::snapshot::{Limits, Shared};
+use crate::spec::default_threads;
+use crate::{AdjustError, EngineSnapshot, EngineSpec};
 
 /// A model that is being loaded, or answers, or has failed. Dropping it ends what it does within one step.
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
     queue: u32,
+    room: u32,
     submissions: Option<SyncSender<Submission>>,
     wake: Sender<Wake>,
     thread: Option<JoinHandle<()>>,
@@ -29,7 +31,13 @@ impl Engine {
     /// Starts the thread that loads the model, warms it up (which also measures its speed) and then serves.
     /// Returns at once; [`Engine::snapshot`] says how far it is.
     pub fn start(spec: EngineSpec) -> Self {
-        let shared = Arc::new(Shared::new(spec.options.slots));
+        let limits = Limits {
+            slots: spec.options.slots.max(1),
+            max_tokens: spec.max_tokens,
+            chunk: spec.options.chunk,
+            threads: spec.options.threads(),
+        };
+        let (shared, room) = (Arc::new(Shared::new(limits)), spec.options.room());
         let queue = spec.queue.max(1);
         let (submissions, submitted) = sync_channel(queue as usize);
         let (wake, woken) = channel();
@@ -42,7 +50,27 @@ impl Engine {
                 shared.update(|facts| facts.state = ModelState::Failed { why });
             })
             .ok();
-        Self { shared, queue, submissions: Some(submissions), wake, thread }
+        Self { shared, queue, room, submissions: Some(submissions), wake, thread }
+    }
+
+    /// Other limits from the next step on; `max_tokens` for answers that are taken from now on. Where fewer sequences
+    /// are allowed than run, those go on to their end. An error leaves everything as it is.
+    pub fn adjust(&self, parameters: &LiveParameters) -> Result<(), AdjustError> {
+        let LiveParameters { batch_size: slots, max_tokens, prefill_budget, threads } = *parameters;
+        if !(1..=self.room).contains(&slots) {
+            return Err(AdjustError::BatchSize { asked: slots, room: self.room });
+        }
+        for (name, value) in
+            [("max_tokens", max_tokens), ("prefill_budget", Some(prefill_budget)), ("threads", threads)]
+        {
+            if value == Some(0) {
+                return Err(AdjustError::Zero(name));
+            }
+        }
+        let threads = threads.map_or_else(default_threads, |threads| threads as usize);
+        self.shared.set_limits(Limits { slots, max_tokens, chunk: Some(prefill_budget), threads });
+        let _ = self.wake.send(Wake::Look);
+        Ok(())
     }
 
     /// State and counters as of now. Cheap.

@@ -94,3 +94,29 @@ pub enum EngineError {
     #[error("the engine failed in a step: {0}")]
     Step(String),
 }
+
+impl EngineError {
+    /// Bytes of memory that were missing, where that is what is wrong; else 0.
+    pub(crate) fn missing_memory(&self) -> u64 {
+        match self {
+            Self::Memory { needed, free, .. } => needed.saturating_sub(*free),
+            _ => 0,
+        }
+    }
+}
+
+/// Why [`crate::Engine::adjust`] changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AdjustError {
+    /// More sequences than there are slots for, or none.
+    #[error("batch_size is {asked}: this engine has room for 1 to {room}")]
+    BatchSize {
+        /// What was asked for.
+        asked: u32,
+        /// Slots that the engine was made with.
+        room: u32,
+    },
+    /// A limit under which nothing could be computed.
+    #[error("{0} is 0: it must be at least 1")]
+    Zero(&'static str),
+}

@@ -40,7 +40,7 @@ mod step_engine;
 
 pub use encoder::Encoder;
 pub use engine::Engine;
-pub use error::EngineError;
+pub use error::{AdjustError, EngineError};
 pub use inspect::{ModelSummary, inspect};
 pub use kernels::{InstructionSet, KvType};
 pub use sampler::{BitMask, TokenMask};

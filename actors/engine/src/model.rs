@@ -102,18 +102,16 @@ impl Model {
         let is_cpu = device == Device::flex();
         let cpu = is_cpu.then(|| Kernels::new(options.instruction_set(), options.threads()));
         let capabilities = Capabilities {
-            slots,
+            slots: options.room(),
             context_length,
             vocabulary: hyperparameters.vocabulary as u32,
             chunk: options.chunk.unwrap_or(CHUNK).max(1),
             blocks,
             block_tokens: KV_BLOCK as u32,
-            backend: cpu.as_ref().map_or(backend, |kernels| {
-                format!("cpu ({}, {} threads)", kernels.instruction_set().name(), kernels.threads())
-            }),
+            backend: cpu.as_ref().map_or(backend, in_words),
             numerics: if is_cpu { format!("{numerics}-{:?}", options.kv_type).to_lowercase() } else { numerics },
         };
-        let slots = (0..slots).map(|_| Slot::default()).collect();
+        let slots = (0..options.room()).map(|_| Slot::default()).collect();
         Ok(Self { gguf, embedding, hyperparameters, weights, rotary, capabilities, slots, store, cpu, device })
     }
 
@@ -289,4 +287,16 @@ impl StepEngine for Model {
             *slot = Slot::default();
         }
     }
+
+    fn set_threads(&mut self, threads: usize) {
+        if let Some(kernels) = &mut self.cpu {
+            kernels.set_threads(threads);
+            self.capabilities.backend = in_words(kernels);
+        }
+    }
+}
+
+/// What the CPU's kernels compute with.
+fn in_words(kernels: &Kernels) -> String {
+    format!("cpu ({}, {} threads)", kernels.instruction_set().name(), kernels.threads())
 }

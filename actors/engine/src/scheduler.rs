@@ -16,8 +16,8 @@ use ingle_protocol::wire::v1::{FailureKind, Load, ModelState};
 
 use crate::device::{self, Loaded};
 use crate::sampler::Sampler;
-use crate::snapshot::Shared;
-use crate::text::Codec;
+use crate::snapshot::{Limits, Shared};
+use crate::text::{Codec, ToolSupport};
 use crate::{EngineError, EngineSpec, StepEngine};
 
 mod batch;
@@ -67,7 +67,11 @@ pub(crate) fn run(
     let loaded = catch_unwind(AssertUnwindSafe(|| load(&spec, shared)));
     let Loaded { engine, codec } = match loaded {
         Ok(Ok(loaded)) => loaded,
-        Ok(Err(why)) => return failed(why.to_string()),
+        Ok(Err(why)) => {
+            // Before the state, so that whoever sees the failure sees what it is.
+            shared.update(|facts| facts.missing_memory = why.missing_memory());
+            return failed(why.to_string());
+        }
         Err(panic) => return failed(format!("a panic while loading: {}", words_of(&*panic))),
     };
     tracing::info!(seconds = started.elapsed().as_secs_f32(), "the model is loaded and warm");
@@ -88,6 +92,7 @@ pub(crate) fn run(
     let capabilities = engine.capabilities();
     let pool = BlockPool::new(capabilities.blocks, capabilities.block_tokens);
     let mut scheduler = Scheduler {
+        limits: Limits { threads: spec.options.threads(), ..shared.limits() },
         spec,
         shared: Arc::clone(shared),
         engine,
@@ -120,7 +125,10 @@ fn load(spec: &EngineSpec, shared: &Shared) -> Result<Loaded, EngineError> {
         facts.backend.clone_from(&capabilities.backend);
         facts.numerics.clone_from(&capabilities.numerics);
         facts.context_length = capabilities.context_length;
-        facts.slots = capabilities.slots;
+        facts.features = match loaded.codec.tools() {
+            ToolSupport::Known(format) => vec![format.feature()],
+            ToolSupport::None | ToolSupport::Unknown => Vec::new(),
+        };
         if facts.state == ModelState::Loading {
             facts.state = ModelState::Warming;
         }
@@ -136,6 +144,8 @@ fn words_of(panic: &(dyn std::any::Any + Send)) -> String {
 
 struct Scheduler {
     spec: EngineSpec,
+    /// As this thread last saw them.
+    limits: Limits,
     shared: Arc<Shared>,
     engine: Box<dyn StepEngine>,
     sampler: Sampler,
@@ -164,16 +174,33 @@ impl Scheduler {
                 return Ok(());
             }
             let now = Instant::now();
+            self.follow_limits();
             self.look_after_outputs(now);
             self.admit(now);
             self.step()?;
         }
     }
 
+    /// Takes on what was changed since the last step.
+    fn follow_limits(&mut self) {
+        let limits = self.shared.limits();
+        if limits.threads != self.limits.threads {
+            self.engine.set_threads(limits.threads);
+            let backend = self.engine.capabilities().backend.clone();
+            self.shared.update(|facts| facts.backend = backend);
+        }
+        self.limits = limits;
+    }
+
+    /// One more sequence may run.
+    fn has_place(&self) -> bool {
+        !self.free.is_empty() && self.running.len() < self.limits.slots as usize
+    }
+
     /// Takes what has come in. Waits only where there is nothing to compute.
     fn receive(&mut self) {
         // Somebody waits, and a slot and memory are free, or somebody has a slot and a reader: else there is nothing to do but wait.
-        let admissible = !self.waiting.is_empty() && !self.free.is_empty() && !self.starved;
+        let admissible = !self.waiting.is_empty() && self.has_place() && !self.starved;
         let computable = self.running.iter().any(Sequence::is_computable) || admissible;
         self.shared.busy.store(computable, Ordering::Relaxed);
         if !computable && !self.shared.stopped() {
@@ -237,7 +264,7 @@ impl Scheduler {
     /// Gives free slots and blocks to those who wait: the highest priority first, then the first come.
     fn admit(&mut self, now: Instant) {
         self.starved = false;
-        while !self.waiting.is_empty() && !self.free.is_empty() {
+        while !self.waiting.is_empty() && self.has_place() {
             let priorities = self.waiting.iter().enumerate().rev();
             let Some((first, _)) = priorities.max_by_key(|(_, sequence)| sequence.priority) else { break };
             let tokens = &self.waiting[first].tokens;
@@ -322,7 +349,7 @@ impl Scheduler {
     /// One token of each sequence that has its prompt behind it, and chunks of prompts.
     fn step(&mut self) -> Result<(), EngineError> {
         self.make_room();
-        let chunk = self.engine.capabilities().chunk.max(1) as usize;
+        let chunk = self.limits.chunk.unwrap_or(self.engine.capabilities().chunk).max(1) as usize;
         let decodes = self.running.iter().any(|sequence| sequence.is_computable() && sequence.left() == 1);
         let (prefill_rate, step_rate) = (self.shared.prefill_rate(), self.shared.step_rate());
         let batch = Batch::of(&self.running, batch::prefill_budget(chunk, decodes, prefill_rate, step_rate));

@@ -22,6 +22,8 @@ pub struct EngineSnapshot {
     pub slots: u32,
     /// Request fields beyond the common ones that it honours.
     pub features: Vec<String>,
+    /// Bytes of memory that were missing where the state is a failure for lack of it, else 0.
+    pub missing_memory: u64,
     /// Counts steps (chunks of prompts count).
     pub step: u64,
     /// It is in a step, or should be: standing still now would be a hang.
@@ -47,12 +49,29 @@ pub(crate) struct Facts {
     pub numerics: String,
     pub context_length: u32,
     pub slots: u32,
+    pub features: Vec<String>,
+    /// Bytes of memory that were missing where the state is a failure for lack of it.
+    pub missing_memory: u64,
+}
+
+/// What can change between two steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Sequences decoded together.
+    pub slots: u32,
+    /// Tokens of an answer at most.
+    pub max_tokens: Option<u32>,
+    /// Tokens of prompts in a step; `None`: what the engine likes.
+    pub chunk: Option<u32>,
+    /// Threads that compute.
+    pub threads: usize,
 }
 
 /// The part that all threads of an engine share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     facts: Mutex<Facts>,
+    limits: Mutex<Limits>,
     version: watch::Sender<u64>,
     pub step: AtomicU64,
     pub running: AtomicU32,
@@ -75,16 +94,19 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub fn new(slots: u32) -> Self {
+    pub fn new(limits: Limits) -> Self {
         let facts = Facts {
             state: ModelState::Loading,
             backend: String::new(),
             numerics: String::new(),
             context_length: 0,
-            slots,
+            slots: limits.slots,
+            features: Vec::new(),
+            missing_memory: 0,
         };
         Self {
             facts: Mutex::new(facts),
+            limits: Mutex::new(limits),
             version: watch::Sender::new(0),
             step: AtomicU64::new(0),
             running: AtomicU32::new(0),
@@ -105,6 +127,15 @@ impl Shared {
     pub fn update(&self, change: impl FnOnce(&mut Facts)) {
         change(&mut lock(&self.facts));
         self.version.send_modify(|version| *version += 1);
+    }
+
+    pub fn limits(&self) -> Limits {
+        *lock(&self.limits)
+    }
+
+    pub fn set_limits(&self, limits: Limits) {
+        *lock(&self.limits) = limits;
+        self.update(|facts| facts.slots = limits.slots);
     }
 
     pub fn changed(&self) -> watch::Receiver<u64> {
@@ -165,7 +196,8 @@ impl Shared {
             numerics: facts.numerics.clone(),
             context_length: facts.context_length,
             slots: facts.slots,
-            features: Vec::new(),
+            features: facts.features.clone(),
+            missing_memory: facts.missing_memory,
             step: self.step.load(Ordering::Relaxed),
             busy: self.busy.load(Ordering::Relaxed),
             usual_step_ms: self.usual_step_ms.load(Ordering::Relaxed),
@@ -245,7 +277,7 @@ mod tests {
 
     #[test]
     fn rates_follow_slowly_and_ignore_nonsense() {
-        let shared = Shared::new(1);
+        let shared = Shared::new(Limits::default());
         shared.observe_decode(0.0, 1, 4);
         assert_eq!(shared.step_rate(), 0.0);
         shared.observe_decode(0.1, 1, 4);

@@ -61,6 +61,9 @@ impl PackedCache {
 pub struct ModelOptions {
     /// Sequences decoded together, at least 1.
     pub slots: u32,
+    /// Sequences that [`crate::Engine::adjust`] may allow together; never fewer than `slots`. Memory for keys and
+    /// values is that of `slots`, so more of them share it.
+    pub most_slots: u32,
     /// Upper bound on the context length in tokens; `None`: the model's own.
     pub context_length: Option<u32>,
     /// How keys and values are kept (on the CPU; other devices keep floats).
@@ -82,6 +85,7 @@ impl Default for ModelOptions {
     fn default() -> Self {
         Self {
             slots: DEFAULT_SLOTS,
+            most_slots: 0,
             context_length: None,
             kv_type: KvType::F16,
             kv_memory: None,
@@ -94,15 +98,24 @@ impl Default for ModelOptions {
 }
 
 impl ModelOptions {
+    /// Slots that an engine is made with.
+    pub(crate) fn room(&self) -> u32 {
+        self.most_slots.max(self.slots).max(1)
+    }
+
     pub(crate) fn threads(&self) -> usize {
-        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        self.threads.unwrap_or_else(cores).max(1)
+        self.threads.unwrap_or_else(default_threads).max(1)
     }
 
     pub(crate) fn instruction_set(&self) -> InstructionSet {
         let available = InstructionSet::available();
         self.instructions.filter(|set| available.contains(set)).unwrap_or(available[0])
     }
+}
+
+/// One for each core.
+pub(crate) fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// What to run and within which limits.

@@ -84,4 +84,7 @@ pub trait StepEngine {
 
     /// Forgets the slot's sequence.
     fn release(&mut self, slot: u32);
+
+    /// Computes on so many threads from the next step on. Engines without threads of their own have nothing to do.
+    fn set_threads(&mut self, _threads: usize) {}
 }

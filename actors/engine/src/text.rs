@@ -6,11 +6,13 @@ mod chat_template;
 mod conversation;
 mod detokenizer;
 mod tokenizer;
+mod tool_calls;
 
 pub use chat_template::ChatTemplate;
 pub use conversation::Conversation;
 pub use detokenizer::{Detokenizer, Piece};
 pub use tokenizer::{Special, Tokenizer};
+pub use tool_calls::{AnswerPart, ToolCall, ToolCallParser, ToolFormat, ToolSupport};
 
 /// A conversation that cannot become a prompt; the client's fault.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -22,6 +24,11 @@ pub trait Codec: Send + Sync {
     /// The conversation as the model was trained to see it, ready for its answer. `extra` are the request's further
     /// members as the wire has them: a JSON object, or empty. The model learns of the `tools` among them.
     fn prompt(&self, messages: &[Message], extra: &[u8]) -> Result<Vec<u32>, PromptError>;
+
+    /// Whether the model can be told of tools, and how it calls them.
+    fn tools(&self) -> ToolSupport {
+        ToolSupport::None
+    }
 
     /// A text that stands alone, as the model was trained to see one: for embeddings, and to be continued by a
     /// model that does not chat.

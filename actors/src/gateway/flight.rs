@@ -118,6 +118,8 @@ pub(super) struct Flight {
     migrations: u32,
     deaths: u32,
     numerics: Option<String>,
+    /// Features of the worker that answers.
+    pub features: Vec<String>,
     pub accepted: Option<Accepted>,
     pub timeline: Timeline,
     pub record: Record,
@@ -147,6 +149,7 @@ impl Flight {
             migrations: 0,
             deaths: 0,
             numerics: None,
+            features: Vec::new(),
             accepted: None,
             timeline: Timeline::new(began),
             record,
@@ -343,6 +346,7 @@ impl Flight {
         self.request.remaining_ms =
             self.deadline.saturating_duration_since(Instant::now()).as_millis().try_into().unwrap_or(u64::MAX);
         let numerics = &offer.facts.numerics;
+        self.features.clone_from(&offer.facts.features);
         if let Some(before) = self.numerics.replace(numerics.clone())
             && before != *numerics
             && self.delivered() > 0

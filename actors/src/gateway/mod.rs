@@ -61,6 +61,8 @@ pub struct Reply {
     pub node: String,
     /// The model's full name.
     pub model: String,
+    /// Features of its engine.
+    pub features: Vec<String>,
     /// What the engine said on taking the request.
     pub accepted: Accepted,
     /// `Token` frames, then one `Finished` or `Failed`. It never ends without one of the two.

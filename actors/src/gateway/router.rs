@@ -379,9 +379,10 @@ impl Gateway {
         // One more for the last word to a reader that reads too slowly.
         let (answers, reader) = mpsc::channel(ANSWER_BUFFER + 1);
         let (node, model, record) = (flight.node(), flight.model().to_owned(), flight.record.clone());
+        let features = flight.features.clone();
         let delivery = Delivery { flight, latencies: self.0.latencies.clone(), _open: open };
         tokio::spawn(delivery::run(delivery, first, answers).in_current_span());
-        Ok(Reply { node, model, accepted, answers: reader, record })
+        Ok(Reply { node, model, features, accepted, answers: reader, record })
     }
 }
 

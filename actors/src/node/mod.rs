@@ -2,6 +2,9 @@
 
 mod joining;
 mod options;
+mod parameter_file;
+mod parameters;
+mod setting;
 mod state_dir;
 
 use std::net::SocketAddr;
@@ -16,10 +19,13 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use joining::{control_socket_path, join_offline, mint_token_offline, remembered_name};
-pub use options::{
-    DeviceKind, JoinError, JoinOptions, Joined, KvKind, MintedToken, ModelChoice, ModelParameters, NodeOptions,
-    StartError,
+pub use options::{DeviceKind, JoinError, JoinOptions, Joined, MintedToken, ModelChoice, NodeOptions, StartError};
+pub use parameter_file::{ParameterFile, ParameterFileError};
+pub use parameters::{
+    Change, GivenParameters, KvKind, Layers, ModelParameters, Outcome, Parameter, ParameterChanges, ParameterError,
+    ParameterValue, ShownParameter, ShownParameters, Source,
 };
+pub use setting::{set_offline, show_offline};
 
 use crate::cluster::{self, Mesh, MeshOptions};
 use crate::gateway::{ChatRequest, Gateway, GatewayError, OfferedModel, Reply, RequestRecord};
@@ -66,16 +72,15 @@ impl Node {
         let endpoint = cluster::bind(options.quic).map_err(|error| quic_error(options.quic, &error))?;
 
         let workers = Arc::new(Workers::default());
-        let model = options.model.clone().map(|choice| {
-            let sockets = options.state_dir.join("run");
-            let cache = options.model_cache.clone();
-            let environment = options.engine_environment.clone();
-            let (device, parameters) = (options.device, options.parameters.clone());
-            let worker_options = WorkerOptions { choice, device, cache, sockets, index: 0, parameters, environment };
-            let worker = ModelWorker::new(worker_options, workers.clone());
-            workers.add(worker.clone());
-            worker
-        });
+        let model = match options.model.clone() {
+            Some(choice) => {
+                let worker = ModelWorker::new(worker_options(&options, choice)?, workers.clone())
+                    .map_err(|error| StartError::Other(error.to_string()))?;
+                workers.add(worker.clone());
+                Some(worker)
+            }
+            None => None,
+        };
         create_private_dir(&options.state_dir.join("run"))
             .map_err(|error| state_dir_error(&options.state_dir, &error))?;
 
@@ -240,6 +245,19 @@ impl Node {
         }
         self.supervision.stop(Duration::from_secs(4)).await;
     }
+}
+
+fn worker_options(options: &NodeOptions, choice: ModelChoice) -> Result<WorkerOptions, StartError> {
+    Ok(WorkerOptions {
+        parameters: setting::layers(&options.state_dir, &choice, &options.parameters)?,
+        parameter_file: ParameterFile::of(&options.state_dir),
+        device: options.device,
+        cache: options.model_cache.clone(),
+        sockets: options.state_dir.join("run"),
+        index: 0,
+        environment: options.engine_environment.clone(),
+        choice,
+    })
 }
 
 /// Runs the mesh; starts it anew when the identity on disk was replaced.

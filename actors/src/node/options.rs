@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::gateway::AdmissionOptions;
+use super::parameters::GivenParameters;
 
 /// Which model a node runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,90 +63,6 @@ impl std::str::FromStr for DeviceKind {
     }
 }
 
-/// How keys and values are kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KvKind {
-    /// Half precision.
-    #[default]
-    F16,
-    /// 8 bits: half the memory, a little less exact.
-    Int8,
-}
-
-impl From<KvKind> for ingle_engine::KvType {
-    fn from(kind: KvKind) -> Self {
-        match kind {
-            KvKind::F16 => Self::F16,
-            KvKind::Int8 => Self::Int8,
-        }
-    }
-}
-
-/// What can be set for a model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ModelParameters {
-    /// Tokens of one conversation at most, where the model allows more.
-    pub context_length: u32,
-    /// Answers that are written at once.
-    pub batch_size: u32,
-    /// Tokens of one answer at most, also where a request asks for more; unset: up to the context's end.
-    pub max_tokens: Option<u32>,
-    /// Tokens of prompts that are computed in one step at most.
-    pub prefill_budget: u32,
-    /// Threads that compute, on the CPU; unset: one for each core.
-    pub threads: Option<u32>,
-    /// How keys and values are kept.
-    pub kv_type: KvKind,
-    /// Memory for keys and values at most, in MiB; one full context fits in any case. Unset: a quarter of what is
-    /// free.
-    pub kv_memory_mib: Option<u64>,
-}
-
-impl Default for ModelParameters {
-    fn default() -> Self {
-        Self {
-            context_length: 8_192,
-            batch_size: 16,
-            max_tokens: None,
-            prefill_budget: 256,
-            threads: None,
-            kv_type: KvKind::F16,
-            kv_memory_mib: None,
-        }
-    }
-}
-
-impl ModelParameters {
-    /// What is wrong with them, if anything is.
-    pub fn problem(&self) -> Option<String> {
-        let out_of = |name: &str, value: u64, least: u64, most: u64| {
-            (!(least..=most).contains(&value)).then(|| format!("{name} is {value}: it must be from {least} to {most}"))
-        };
-        out_of("context_length", self.context_length.into(), 16, 1 << 24)
-            .or_else(|| out_of("batch_size", self.batch_size.into(), 1, 1_024))
-            .or_else(|| out_of("max_tokens", self.max_tokens.unwrap_or(1).into(), 1, u32::MAX.into()))
-            .or_else(|| out_of("prefill_budget", self.prefill_budget.into(), 1, 65_536))
-            .or_else(|| out_of("threads", self.threads.unwrap_or(1).into(), 1, 1_024))
-            .or_else(|| out_of("kv_memory_mib", self.kv_memory_mib.unwrap_or(1), 1, 1 << 30))
-    }
-
-    /// As the engine takes them.
-    pub fn to_options(&self, packed_cache: Option<ingle_engine::PackedCache>) -> ingle_engine::ModelOptions {
-        ingle_engine::ModelOptions {
-            slots: self.batch_size,
-            context_length: Some(self.context_length),
-            kv_type: self.kv_type.into(),
-            kv_memory: self.kv_memory_mib.map(|mib| mib << 20),
-            chunk: Some(self.prefill_budget),
-            threads: self.threads.map(|threads| threads as usize),
-            packed_cache,
-            instructions: None,
-        }
-    }
-}
-
 /// What a node needs to know to start.
 #[derive(Debug, Clone)]
 pub struct NodeOptions {
@@ -165,8 +82,8 @@ pub struct NodeOptions {
     pub model: Option<ModelChoice>,
     /// What the model computes on.
     pub device: DeviceKind,
-    /// What is set for the model.
-    pub parameters: ModelParameters,
+    /// What the configuration gives for the model; what was set by command goes before it.
+    pub parameters: GivenParameters,
     /// Bounds of what may wait for the workers.
     pub admission: AdmissionOptions,
     /// Where model files are kept; shared by all nodes of the machine.

@@ -42,3 +42,14 @@ pub fn available_disk_space(path: &Path) -> std::io::Result<u64> {
     let stats = rustix::fs::statvfs(path)?;
     Ok(stats.f_bavail * stats.f_frsize)
 }
+
+/// Bytes of memory that the system gets back when a process ends: what it holds beside mapped files. `None` where the
+/// system does not say.
+pub fn memory_of(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let field = |name: &str| -> Option<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+    };
+    Some(field("RssAnon:")? + field("RssShmem:")?)
+}

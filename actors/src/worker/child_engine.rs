@@ -1,49 +1,67 @@
 //! The node's side of an engine process.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use ingle_protocol::ModelDigest;
-use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{EngineReport, Failed, FailureKind, RefusalKind, Request};
+use ingle_protocol::wire::v1::{
+    EngineReport, Failed, FailureKind, LiveParameters, ParametersSet, RefusalKind, Request, SetParameters,
+};
+use ingle_protocol::wire::{Answer, Body};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::route::Held;
 use super::{ANSWER_BUFFER, SILENCE_LIMIT, WorkerOptions, refused};
-use crate::frames::{FrameError, read_body, read_frame, write_body};
+use crate::frames::{FrameError, read_frame, write_body};
+use crate::node::ModelParameters;
 use crate::platform::{LocalStream, connect};
 
 /// How long a process that has closed its reports may take to end.
 const END_DEADLINE: Duration = Duration::from_secs(2);
+/// How long a running engine may take to take other limits: it only has to write them down.
+const ADJUST_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A running engine process. Dropping it ends the process.
 #[derive(Debug)]
 pub struct ChildEngine {
     child: Child,
-    /// Held, never written: its end tells the child that we are gone.
-    _control: Option<ChildStdin>,
-    /// Where it takes requests.
-    pub socket: PathBuf,
+    /// Its end tells the child that we are gone.
+    control: Option<ChildStdin>,
+    answers: mpsc::Receiver<ParametersSet>,
+    changes: u64,
+}
+
+/// What a child does not take.
+#[derive(Debug, thiserror::Error)]
+pub enum AdjustFailure {
+    /// It said no; nothing has changed.
+    #[error("{0}")]
+    Refused(String),
+    /// It does not say anything: it hangs, or is gone.
+    #[error("the engine process does not answer")]
+    Silent,
 }
 
 impl ChildEngine {
     /// Starts the process and returns it with its reports, which end when it does.
     pub fn spawn(
-        socket: PathBuf,
+        socket: &Path,
         model: Option<&Path>,
         digest: ModelDigest,
+        parameters: &ModelParameters,
         options: &WorkerOptions,
     ) -> std::io::Result<(Self, mpsc::Receiver<EngineReport>)> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("engine").arg("--socket").arg(&socket);
+        command.arg("engine").arg("--socket").arg(socket);
         if let Some(model) = model {
             command.arg("--model").arg(model);
         }
         command.args(["--digest", &digest.to_string()]);
         command.arg("--packed").arg(options.cache.join("packed"));
-        command.args(["--parameters", &serde_json::to_string(&options.parameters)?]);
+        command.args(["--parameters", &serde_json::to_string(parameters)?]);
         command.args(["--device", options.device.as_str()]);
         command.envs(options.environment.iter().map(|(name, value)| (name, value)));
         // Ctrl-C in a terminal goes to the whole group: the node decides when its engines end.
@@ -53,14 +71,56 @@ impl ChildEngine {
         let control = child.stdin.take();
         let mut stdout = child.stdout.take().ok_or_else(|| std::io::Error::other("the engine has no output"))?;
         let (reports, reader) = mpsc::channel(16);
+        // One change is under way at a time.
+        let (said, answers) = mpsc::channel(1);
         tokio::spawn(async move {
-            while let Ok(report) = read_body::<EngineReport, _>(&mut stdout).await {
-                if reports.send(report).await.is_err() {
+            while let Ok(Some(frame)) = read_frame(&mut stdout).await {
+                let passed_on = if frame.kind == ParametersSet::KIND {
+                    match frame.decode() {
+                        // Nobody waits for the answer to a change that took too long.
+                        Ok(answer) => said.try_send(answer).is_ok() || !said.is_closed(),
+                        Err(_) => return,
+                    }
+                } else {
+                    match frame.decode() {
+                        Ok(report) => reports.send(report).await.is_ok(),
+                        Err(_) => return,
+                    }
+                };
+                if !passed_on {
                     return;
                 }
             }
         });
-        Ok((Self { child, _control: control, socket }, reader))
+        Ok((Self { child, control, answers, changes: 0 }, reader))
+    }
+
+    /// Gives the running engine other limits. Its reports must be read meanwhile: answers come between them.
+    pub async fn adjust(&mut self, parameters: LiveParameters) -> Result<(), AdjustFailure> {
+        self.changes += 1;
+        let number = self.changes;
+        let control = self.control.as_mut().ok_or(AdjustFailure::Silent)?;
+        let answers = &mut self.answers;
+        let asking = async {
+            write_body(control, &SetParameters { number, parameters }).await.ok()?;
+            loop {
+                let answer = answers.recv().await?;
+                if answer.number == number {
+                    return Some(answer.refused);
+                }
+            }
+        };
+        match timeout(ADJUST_DEADLINE, asking).await {
+            Ok(Some(None)) => Ok(()),
+            Ok(Some(Some(why))) => Err(AdjustFailure::Refused(why)),
+            Ok(None) | Err(_) => Err(AdjustFailure::Silent),
+        }
+    }
+
+    /// Tells the process that it is no longer needed, and waits until it has ended.
+    pub async fn end(mut self) {
+        drop(self.control.take());
+        self.ended().await;
     }
 
     /// How the process ended, in words. One that has closed its reports and does not end is killed.
@@ -86,17 +146,17 @@ impl ChildEngine {
     }
 }
 
-/// Hands the request to the engine that listens at `socket`.
-pub async fn submit(socket: &Path, request: &Request) -> mpsc::Receiver<Answer> {
+/// Hands the request to the engine that `held` belongs to.
+pub async fn submit(held: Held, request: &Request) -> mpsc::Receiver<Answer> {
     let connecting = async {
-        let mut stream = connect(socket).await?;
+        let mut stream = connect(held.socket()).await?;
         write_body(&mut stream, request).await?;
         Ok::<_, FrameError>(stream)
     };
     match timeout(SILENCE_LIMIT, connecting).await {
         Ok(Ok(stream)) => {
             let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
-            tokio::spawn(relay(stream, answers));
+            tokio::spawn(relay(stream, answers, held));
             reader
         }
         Ok(Err(error)) => refused(RefusalKind::Loading, format!("the engine does not take requests now ({error})")),
@@ -104,7 +164,8 @@ pub async fn submit(socket: &Path, request: &Request) -> mpsc::Receiver<Answer> 
     }
 }
 
-async fn relay(mut stream: LocalStream, answers: mpsc::Sender<Answer>) {
+/// The engine is held until the answer has ended: it is not ended while it gives one.
+async fn relay(mut stream: LocalStream, answers: mpsc::Sender<Answer>, _held: Held) {
     let mut any_token = false;
     loop {
         let read = tokio::select! {

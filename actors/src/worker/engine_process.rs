@@ -1,11 +1,11 @@
 //! The engine process: `ingle engine`, a child of the node in a process of its own.
 //!
-//! - standard input is the control pipe: when it ends, so does the process;
-//! - standard output carries [`EngineReport`] frames, at every change and every 100 ms;
+//! - standard input is the control pipe: it carries [`SetParameters`] frames, and when it ends, so does the process;
+//! - standard output carries [`EngineReport`] frames, at every change and every 100 ms, and [`ParametersSet`] frames;
 //! - a local socket takes one connection for each request, with the same frames as between nodes; closing it cancels;
 //! - standard error has the log.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use ingle_engine::{Engine, EngineSpec, ModelSource, PackedCache};
 use ingle_protocol::liveness::PULSE_INTERVAL;
-use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{EnginePulse, EngineReport, ModelState, Request};
+use ingle_protocol::wire::v1::{EnginePulse, EngineReport, ModelState, ParametersSet, Request, SetParameters};
+use ingle_protocol::wire::{Answer, Frame, HEAD_LEN, Head};
 use ingle_protocol::{EngineId, NodeId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
@@ -26,6 +26,8 @@ use crate::frames::{read_body, write_body, write_frame};
 use crate::node::{DeviceKind, ModelParameters};
 use crate::platform::{LocalListener, LocalStream};
 
+/// Changes of parameters that may wait: the parent sends one at a time.
+const CHANGES: usize = 4;
 const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the node tells its child on the command line.
@@ -48,11 +50,8 @@ pub struct EngineProcessOptions {
 /// Runs until the control pipe ends.
 pub fn run(options: EngineProcessOptions) -> ExitCode {
     // Before anything else: a parent that dies while we load must not leave us behind.
-    std::thread::spawn(|| {
-        let mut sink = [0; 64];
-        while matches!(std::io::stdin().read(&mut sink), Ok(read) if read > 0) {}
-        std::process::exit(0);
-    });
+    let (changes, changed) = mpsc::channel(CHANGES);
+    std::thread::spawn(move || listen(&changes));
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -60,7 +59,7 @@ pub fn run(options: EngineProcessOptions) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(serve(options)) {
+    match runtime.block_on(serve(options, changed)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error, "the engine process ends");
@@ -69,7 +68,33 @@ pub fn run(options: EngineProcessOptions) -> ExitCode {
     }
 }
 
-async fn serve(options: EngineProcessOptions) -> Result<(), String> {
+/// Reads the control pipe on a thread of its own, so that its end is seen whatever else hangs. Ends the process with
+/// the pipe.
+fn listen(changes: &mpsc::Sender<SetParameters>) {
+    let mut control = std::io::stdin().lock();
+    loop {
+        match read_change(&mut control) {
+            // Our parent waits for one answer before it asks again. It gets none where we do not keep up.
+            Ok(change) => drop(changes.try_send(change)),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => std::process::exit(0),
+            Err(error) => {
+                tracing::error!(%error, "the control pipe cannot be understood");
+                std::process::exit(1);
+            }
+        }
+    }
+}
+
+fn read_change(control: &mut impl Read) -> std::io::Result<SetParameters> {
+    let mut head = [0; HEAD_LEN];
+    control.read_exact(&mut head)?;
+    let head = Head::parse(head).map_err(std::io::Error::other)?;
+    let mut body = vec![0; head.length as usize];
+    control.read_exact(&mut body)?;
+    Frame { kind: head.kind, body: body.into() }.decode().map_err(std::io::Error::other)
+}
+
+async fn serve(options: EngineProcessOptions, changes: mpsc::Receiver<SetParameters>) -> Result<(), String> {
     let digest = options.digest.parse().map_err(|error| format!("the digest: {error}"))?;
     let source = options.model.map_or(ModelSource::Echo, ModelSource::Gguf);
     let mut spec = EngineSpec::new(source, digest);
@@ -100,20 +125,26 @@ async fn serve(options: EngineProcessOptions) -> Result<(), String> {
     };
     tokio::select! {
         ended = accepting => ended,
-        ended = report(&engine) => ended,
+        ended = report(&engine, changes) => ended,
     }
 }
 
 /// Reports until the pipe breaks, or the engine failed and its parent was told so.
-async fn report(engine: &Engine) -> Result<(), String> {
+async fn report(engine: &Engine, mut changes: mpsc::Receiver<SetParameters>) -> Result<(), String> {
     let mut stdout = tokio::io::stdout();
     let mut changed = engine.changed();
     let mut ticks = interval(PULSE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
-        tokio::select! {
-            _ = changed.changed() => {}
-            _ = ticks.tick() => {}
+        let change = tokio::select! {
+            _ = changed.changed() => None,
+            _ = ticks.tick() => None,
+            Some(change) = changes.recv() => Some(change),
+        };
+        if let Some(SetParameters { number, parameters }) = change {
+            let refused = engine.adjust(&parameters).err().map(|error| error.to_string());
+            tracing::info!(?parameters, refused, "other limits");
+            write_body(&mut stdout, &ParametersSet { number, refused }).await.map_err(|error| error.to_string())?;
         }
         let snapshot = engine.snapshot();
         let failed = matches!(snapshot.state, ModelState::Failed { .. });
@@ -137,6 +168,7 @@ async fn report(engine: &Engine) -> Result<(), String> {
                 decode_rate: snapshot.decode_rate,
                 full_decode_rate: snapshot.full_decode_rate,
             },
+            missing_memory: snapshot.missing_memory,
         };
         write_body(&mut stdout, &report).await.map_err(|error| error.to_string())?;
         stdout.flush().await.map_err(|error| error.to_string())?;

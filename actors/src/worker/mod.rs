@@ -1,8 +1,12 @@
 //! Workers: what turns a request into an answer.
 
 mod child_engine;
+mod engine_change;
+mod engine_life;
 pub mod engine_process;
 mod model_worker;
+mod order;
+mod route;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -17,7 +21,8 @@ use ingle_protocol::wire::v1::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-pub use model_worker::{ModelWorker, WorkerOptions};
+pub use model_worker::{ModelWorker, WorkerOptions, model_name_of};
+pub use order::{ChangeRequest, Said};
 
 /// Frames of one answer that may wait for their reader. When it is full the sequence pauses.
 pub const ANSWER_BUFFER: usize = 64;

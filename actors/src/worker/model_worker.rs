@@ -1,6 +1,7 @@
 //! A model of this node: its file, its engine process, and what happens when that dies.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,21 +10,26 @@ use futures_util::future::BoxFuture;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::{EnginePulse, EngineReport, ModelFacts, ModelState, RefusalKind, Request};
 use ingle_protocol::{EngineId, ModelDigest, NodeId};
-use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::child_engine::{self, ChildEngine};
-use super::{SILENCE_LIMIT, Worker, Workers, refused};
+use super::child_engine;
+use super::order::{ChangeRequest, Order, Said};
+use super::route::Route;
+use super::{Worker, Workers, refused};
 use crate::models::{ModelStore, default_model};
-use crate::node::{DeviceKind, ModelChoice, ModelParameters};
-use crate::supervisor::RestartBudget;
+use crate::node::{
+    DeviceKind, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError, ParameterFile,
+    ShownParameters,
+};
 
 /// What an echo engine is called.
 const ECHO_NAME: &str = "echo";
 /// A file that could not be fetched is tried again after this long.
 const FETCH_PAUSE: Duration = Duration::from_secs(60);
-const RESTART_PAUSE: Duration = Duration::from_millis(200);
+/// Changes that are handed over at a time: there is one in all.
+const ORDERS: usize = 1;
 
 /// What a worker is started with.
 #[derive(Debug, Clone)]
@@ -39,56 +45,125 @@ pub struct WorkerOptions {
     /// Which of the node's engines.
     pub index: u16,
     /// What is set for the model.
-    pub parameters: ModelParameters,
+    pub parameters: Layers,
+    /// Where to keep what is set by command.
+    pub parameter_file: ParameterFile,
     /// Environment variables for the engine process.
     pub environment: Vec<(String, String)>,
 }
 
+/// What is known of the model and of the engine that takes its requests.
 #[derive(Debug, Clone)]
-struct Status {
-    name: String,
-    digest: Option<ModelDigest>,
-    state: ModelState,
-    generation: u32,
-    socket: Option<PathBuf>,
-    report: Option<EngineReport>,
-    reported_at: Option<Instant>,
+pub(super) struct Status {
+    pub name: String,
+    pub digest: Option<ModelDigest>,
+    pub state: ModelState,
+    pub generation: u32,
+    pub route: Option<Arc<Route>>,
+    pub report: Option<EngineReport>,
+    pub reported_at: Option<Instant>,
+    pub parameters: Layers,
+    /// All of them together.
+    pub values: ModelParameters,
+    /// Slots of the engine; `None` while there is none.
+    pub room: Option<u32>,
 }
 
 /// One model of this node.
 #[derive(Debug)]
 pub struct ModelWorker {
-    options: WorkerOptions,
-    workers: Arc<Workers>,
+    pub(super) options: WorkerOptions,
+    pub(super) workers: Arc<Workers>,
     status: Mutex<Status>,
     state: watch::Sender<ModelState>,
     problem: Mutex<Option<String>>,
+    orders: mpsc::Sender<Order>,
+    changing: Arc<Semaphore>,
+    /// Taken by whoever runs the model.
+    ordered: tokio::sync::Mutex<mpsc::Receiver<Order>>,
+    /// Engine processes so far.
+    pub(super) generations: AtomicU32,
+}
+
+/// The name of a model.
+pub fn model_name_of(choice: &ModelChoice) -> String {
+    match choice {
+        ModelChoice::Default => default_model().name,
+        ModelChoice::File(path) => crate::models::model_name(path),
+        ModelChoice::Echo => ECHO_NAME.to_owned(),
+    }
 }
 
 /// What goes wrong for good, and what may go better next time.
-enum Trouble {
+pub(super) enum Trouble {
     Final(String),
     Fetching(String),
 }
 
 impl ModelWorker {
     /// A worker that does nothing until [`Self::run`].
-    pub fn new(options: WorkerOptions, workers: Arc<Workers>) -> Arc<Self> {
-        let (name, state) = match &options.choice {
-            ModelChoice::Default => (default_model().name, ModelState::Absent),
-            ModelChoice::File(path) => (crate::models::model_name(path), ModelState::Verifying),
-            ModelChoice::Echo => (ECHO_NAME.to_owned(), ModelState::Loading),
+    pub fn new(options: WorkerOptions, workers: Arc<Workers>) -> Result<Arc<Self>, ParameterError> {
+        let state = match &options.choice {
+            ModelChoice::Default => ModelState::Absent,
+            ModelChoice::File(_) => ModelState::Verifying,
+            ModelChoice::Echo => ModelState::Loading,
         };
-        let digest = matches!(options.choice, ModelChoice::Echo).then(ModelDigest::default);
-        let status =
-            Status { name, digest, state: state.clone(), generation: 0, socket: None, report: None, reported_at: None };
-        Arc::new(Self {
+        let status = Status {
+            name: model_name_of(&options.choice),
+            digest: matches!(options.choice, ModelChoice::Echo).then(ModelDigest::default),
+            state: state.clone(),
+            generation: 0,
+            route: None,
+            report: None,
+            reported_at: None,
+            values: options.parameters.resolve()?,
+            parameters: options.parameters.clone(),
+            room: None,
+        };
+        let (orders, ordered) = mpsc::channel(ORDERS);
+        Ok(Arc::new(Self {
             options,
             workers,
             status: Mutex::new(status),
             state: watch::Sender::new(state),
             problem: Mutex::new(None),
-        })
+            orders,
+            changing: Arc::new(Semaphore::new(1)),
+            ordered: tokio::sync::Mutex::new(ordered),
+            generations: AtomicU32::new(0),
+        }))
+    }
+
+    /// The model's name.
+    pub fn name(&self) -> String {
+        self.status().name.clone()
+    }
+
+    /// Its parameters, with what holds where that is something else.
+    pub fn parameters(&self) -> ShownParameters {
+        let status = self.status();
+        let mut parameters = status.parameters.shown(&status.values);
+        let own = status.report.as_ref().map_or(0, |report| report.context_length);
+        for shown in &mut parameters {
+            match (shown.name, status.room) {
+                (Parameter::ContextLength, _) if own > 0 && own < status.values.context_length => {
+                    shown.note = format!("the model itself has {own}");
+                }
+                (Parameter::BatchSize, Some(room)) => shown.note = format!("live up to {room}, reload above"),
+                _ => {}
+            }
+        }
+        ShownParameters { model: status.name.clone(), parameters }
+    }
+
+    /// Changes parameters and returns when they hold, or are refused and everything is as it was. Dropping this does
+    /// not stop the change. One change is under way at a time.
+    pub async fn set_parameters(&self, request: ChangeRequest, said: Said) -> Result<Outcome, String> {
+        let (reply, replied) = oneshot::channel();
+        let busy = || "another change is under way: try again when it is done".to_owned();
+        let permit = self.changing.clone().try_acquire_owned().map_err(|_| busy())?;
+        self.orders.try_send(Order { request, said, _permit: permit, reply }).map_err(|_| busy())?;
+        replied.await.unwrap_or_else(|_| Err("the node is shutting down".into()))
     }
 
     /// The model's state with every change of it.
@@ -101,11 +176,11 @@ impl ModelWorker {
         self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn status(&self) -> std::sync::MutexGuard<'_, Status> {
+    pub(super) fn status(&self) -> std::sync::MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set_state(&self, state: ModelState) {
+    pub(super) fn set_state(&self, state: ModelState) {
         let changed = std::mem::replace(&mut self.status().state, state.clone()) != state;
         if changed {
             self.state.send_replace(state);
@@ -113,27 +188,35 @@ impl ModelWorker {
         }
     }
 
-    fn set_problem(&self, problem: Option<String>) {
+    pub(super) fn set_problem(&self, problem: Option<String>) {
         *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
     }
 
     /// Fetches the file, runs the engine, starts it again when it dies: until `cancel`, or until it dies too often.
     pub async fn run(self: Arc<Self>, cancel: CancellationToken) -> Result<(), String> {
+        let mut orders = self.ordered.lock().await;
+        // Engines that finish their answers; they end with this.
+        let mut retiring = JoinSet::new();
         let running = async {
             loop {
-                match self.keep_running(&cancel).await {
+                match self.keep_running(&cancel, &mut orders, &mut retiring).await {
                     Trouble::Final(why) => {
                         tracing::info!(model = self.status().name, why, "the model does not run");
                         self.set_problem(Some(why.clone()));
                         self.set_state(ModelState::Failed { why });
-                        // Nothing more to do; what failed for good is not started again by a supervisor either.
-                        std::future::pending::<()>().await;
+                        // What failed for good is not started again by a supervisor either, but with other
+                        // parameters it may run.
+                        let Some(order) = orders.recv().await else { return };
+                        self.only_keep(order).await;
                     }
                     Trouble::Fetching(why) => {
                         tracing::info!(why, "the model is not here");
                         self.set_problem(Some(why.clone()));
                         self.set_state(ModelState::Failed { why });
-                        tokio::time::sleep(FETCH_PAUSE).await;
+                        tokio::select! {
+                            () = tokio::time::sleep(FETCH_PAUSE) => {}
+                            Some(order) = orders.recv() => self.only_keep(order).await,
+                        }
                     }
                 }
             }
@@ -142,12 +225,14 @@ impl ModelWorker {
             () = running => {}
             () = cancel.cancelled() => {}
         }
-        self.status().socket = None;
+        // Whoever waits for a change is told that there will be none.
+        while orders.try_recv().is_ok() {}
+        self.status().route = None;
         self.set_state(ModelState::Unloaded);
         Ok(())
     }
 
-    async fn find_file(&self, cancel: &CancellationToken) -> Result<Option<PathBuf>, Trouble> {
+    pub(super) async fn find_file(&self, cancel: &CancellationToken) -> Result<Option<PathBuf>, Trouble> {
         let store = || ModelStore::open(&self.options.cache).map_err(|error| Trouble::Fetching(error.to_string()));
         let found = match &self.options.choice {
             ModelChoice::Echo => return Ok(None),
@@ -170,88 +255,6 @@ impl ModelWorker {
         Ok(Some(found.1))
     }
 
-    async fn keep_running(&self, cancel: &CancellationToken) -> Trouble {
-        let file = match self.find_file(cancel).await {
-            Ok(file) => file,
-            Err(trouble) => return trouble,
-        };
-        let mut budget = RestartBudget::default();
-        let mut ever_ready = false;
-        loop {
-            self.set_state(ModelState::Loading);
-            let (ended, was_ready) = match self.run_once(file.as_deref()).await {
-                Ok(ended) => ended,
-                Err(error) => return Trouble::Final(format!("the engine process cannot be started: {error}")),
-            };
-            ever_ready |= was_ready;
-            tracing::warn!(model = self.status().name, ended, "the engine process ended");
-            let reported = {
-                let mut status = self.status();
-                status.socket = None;
-                match status.report.take().map(|report| report.state) {
-                    Some(ModelState::Failed { why }) => Some(why),
-                    _ => None,
-                }
-            };
-            // What it says of a model that never ran will be the same the next time.
-            if let (Some(why), false) = (&reported, ever_ready) {
-                return Trouble::Final(why.clone());
-            }
-            let why = reported.unwrap_or(ended);
-            if !budget.try_restart(Instant::now()) {
-                return Trouble::Final(format!(
-                    "the engine process died {} times within a minute, the last time with {why}; restart the node to try again",
-                    RestartBudget::MOST + 1
-                ));
-            }
-            self.set_problem(Some(format!("the engine process died ({why}) and was started again")));
-            tokio::time::sleep(RESTART_PAUSE).await;
-        }
-    }
-
-    /// One life of the engine process: how it ended, and whether it was ever ready.
-    async fn run_once(&self, file: Option<&std::path::Path>) -> std::io::Result<(String, bool)> {
-        let digest = self.status().digest.unwrap_or_default();
-        let generation = {
-            let mut status = self.status();
-            status.generation += 1;
-            status.generation
-        };
-        let socket = self.options.sockets.join(format!("engine-{}-{generation}.sock", self.options.index));
-        let (mut child, mut reports) = ChildEngine::spawn(socket, file, digest, &self.options)?;
-        tracing::info!(pid = child.pid(), generation, "engine process started");
-        let mut was_ready = false;
-        loop {
-            let report = match timeout(SILENCE_LIMIT, reports.recv()).await {
-                Ok(Some(report)) => report,
-                Ok(None) => break,
-                Err(_) => {
-                    child.kill().await;
-                    return Ok(("it went silent and was killed".into(), was_ready));
-                }
-            };
-            let state = report.state.clone();
-            let slow_change = {
-                let mut status = self.status();
-                let known = status.report.replace(report);
-                status.reported_at = Some(Instant::now());
-                status.socket = Some(child.socket.clone());
-                known.is_none_or(|known| known.state != state)
-            };
-            if slow_change {
-                if state == ModelState::Ready && !was_ready {
-                    was_ready = true;
-                    self.set_problem(None);
-                }
-                if !matches!(state, ModelState::Failed { .. }) {
-                    self.set_state(state);
-                    self.workers.note_change();
-                }
-            }
-        }
-        Ok((child.ended().await, was_ready))
-    }
-
     fn engine_id(&self, own: NodeId, status: &Status) -> EngineId {
         EngineId { node: own, index: self.options.index, generation: status.generation }
     }
@@ -265,11 +268,11 @@ impl Worker for ModelWorker {
             name: status.name.clone(),
             digest: status.digest,
             state: status.state.clone(),
-            engine: status.socket.as_ref().map(|_| self.engine_id(own, &status)),
+            engine: status.route.as_ref().map(|_| self.engine_id(own, &status)),
             backend: report.map(|r| r.backend.clone()).unwrap_or_default(),
             numerics: report.map(|r| r.numerics.clone()).unwrap_or_default(),
             context_length: report.map_or(0, |r| r.context_length),
-            slots: report.map_or(self.options.parameters.batch_size, |r| r.slots),
+            slots: report.map_or(status.values.batch_size, |r| r.slots),
             features: report.map(|r| r.features.clone()).unwrap_or_default(),
             // The echo engine is for tests: nobody gets it without asking for it by name.
             is_default: !matches!(self.options.choice, ModelChoice::Echo),
@@ -285,13 +288,14 @@ impl Worker for ModelWorker {
     }
 
     fn submit(&self, request: Request) -> BoxFuture<'_, mpsc::Receiver<Answer>> {
-        let (socket, state) = {
+        // Held under the lock: an engine that is replaced gets no answer more from the moment on.
+        let (held, state) = {
             let status = self.status();
-            (status.socket.clone(), status.state.clone())
+            (status.route.as_ref().map(Route::hold), status.state.clone())
         };
         async move {
-            match (socket, state) {
-                (Some(socket), ModelState::Ready) => child_engine::submit(&socket, &request).await,
+            match (held, state) {
+                (Some(held), ModelState::Ready) => child_engine::submit(held, &request).await,
                 (_, state) => refused(
                     RefusalKind::Loading,
                     format!("the model `{}` is not ready: {}", request.model, state.words()),

@@ -16,6 +16,15 @@ pub struct Models {
 /// What to do with model files.
 #[derive(Debug, Subcommand)]
 pub enum ModelsCommand {
+    /// Show a model's parameters: their values, where they come from, and what a change takes
+    Show(ShowParameters),
+    /// Set parameters of this machine's model, while it runs where that is possible
+    ///
+    /// max_tokens, prefill_budget, threads and batch_size (as far as `show` says) change without a gap. The others
+    /// start a second engine beside the running one, which finishes its answers; where memory is too small for both,
+    /// the first finishes before the second starts. What is set is kept and goes before the configuration file;
+    /// `key=default` takes it back. Where no node runs it holds from the next start on.
+    Set(SetParameters),
     /// Write a model in another format: INT8 and below, or back to floating point
     ///
     /// Takes a GGUF file, a model folder as Hugging Face has them (config.json, tokenizer.json, *.safetensors), one
@@ -31,6 +40,34 @@ pub enum ModelsCommand {
     /// An embedding is a list of numbers of length 1: the closer two texts are in meaning, the closer to 1 is the
     /// cosine of their embeddings. Prints the first numbers of each, and with --json all of them.
     Embed(EmbedTexts),
+}
+
+/// Options of `ingle models show`.
+#[derive(Debug, Args)]
+pub struct ShowParameters {
+    /// The model's name, or `default`
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle models set`.
+#[derive(Debug, Args)]
+pub struct SetParameters {
+    /// The model's name, or `default`
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    /// What to set: context_length, batch_size, max_tokens, prefill_budget, threads, kv_type or kv_memory_mib
+    #[arg(value_name = "KEY=VALUE", required = true)]
+    pub values: Vec<String>,
+    /// Let running answers finish and start the engine anew, also where a second one could take over
+    #[arg(long)]
+    pub restart: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `ingle models quantize`.

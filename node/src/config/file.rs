@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ingle_actors::gateway::AdmissionOptions;
-use ingle_actors::node::{DeviceKind, ModelParameters};
+use ingle_actors::node::{DeviceKind, GivenParameters};
 use serde::Deserialize;
 
 use crate::logging::{DEFAULT_FILTER, LogFormat};
@@ -113,13 +113,13 @@ pub struct ModelPart {
     pub device: DeviceKind,
     /// Where model files are kept; `ingle/models` in the user's cache folder where missing.
     pub cache: Option<PathBuf>,
-    /// What is set for the model.
-    pub parameters: ModelParameters,
+    /// What is given for the model.
+    pub parameters: GivenParameters,
 }
 
 impl Default for ModelPart {
     fn default() -> Self {
-        Self { choice: "default".into(), device: DeviceKind::Auto, cache: None, parameters: ModelParameters::default() }
+        Self { choice: "default".into(), device: DeviceKind::Auto, cache: None, parameters: GivenParameters::default() }
     }
 }
 

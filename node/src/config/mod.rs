@@ -13,7 +13,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use etcetera::BaseStrategy;
 use ingle_actors::gateway::AdmissionOptions;
-use ingle_actors::node::{DeviceKind, ModelChoice, ModelParameters};
+use ingle_actors::node::{DeviceKind, GivenParameters, ModelChoice, ModelParameters};
 
 pub use address::{Listen, is_loopback};
 pub use file::ConfigFile;
@@ -133,8 +133,8 @@ pub struct Settings {
     pub model: Option<ModelChoice>,
     /// What it computes on.
     pub device: DeviceKind,
-    /// What is set for the model.
-    pub parameters: ModelParameters,
+    /// What the file gives for the model.
+    pub parameters: GivenParameters,
     /// Where model files are kept, absolute.
     pub model_cache: PathBuf,
     /// Discovery on the local network.
@@ -237,7 +237,7 @@ impl Settings {
         if file.admission.tokens_per_minute == Some(0) {
             return Err(UsageError("[admission] tokens_per_minute is 0: nobody could ask anything.".into()));
         }
-        if let Some(problem) = file.model.parameters.problem() {
+        if let Err(problem) = file.model.parameters.over(ModelParameters::default()) {
             return Err(UsageError(format!("[model.parameters] {problem}.")));
         }
         Ok(Self {

@@ -81,7 +81,10 @@ fn every_shipped_config_parses_and_the_commented_one_says_all_defaults() {
         let file = parse(path, text).unwrap();
         Settings::merge(Layer::default(), file, Path::new("/")).unwrap();
         if path.ends_with("ingle.toml") {
-            assert_eq!(parse(path, text).unwrap(), ConfigFile::default());
+            let mut file = parse(path, text).unwrap();
+            let parameters = std::mem::take(&mut file.model.parameters);
+            assert_eq!(file, ConfigFile::default());
+            assert_eq!(parameters.over(ModelParameters::default()).unwrap(), ModelParameters::default());
             let uncommented: String =
                 text.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
             let all = parse(path, &uncommented).unwrap();

@@ -2,7 +2,7 @@
 
 use ingle_actors::gateway::RequestRecord;
 use ingle_actors::monitor::ClusterStatus;
-use ingle_actors::node::{JoinOptions, Joined, MintedToken};
+use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, ShownParameters};
 use ingle_actors::protocol::RequestId;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -37,6 +37,20 @@ pub enum Request {
         /// Let it take work again instead.
         undo: bool,
     },
+    /// The parameters of the node's own model.
+    ShowParameters {
+        /// The model's name, or `default`.
+        model: String,
+    },
+    /// Change parameters of the node's own model.
+    SetParameters {
+        /// The model's name, or `default`.
+        model: String,
+        /// What to set; null takes a parameter back.
+        changes: ParameterChanges,
+        /// Let the engine finish and start it anew, also where a second one could take over.
+        restart: bool,
+    },
     /// Answer a text.
     Chat {
         /// What the person says.
@@ -67,6 +81,12 @@ pub enum Reply {
         /// How many of them moved.
         moved: u32,
     },
+    /// To `ShowParameters`.
+    Parameters(ShownParameters),
+    /// To `SetParameters`: how far it is, in words. One comes every few seconds.
+    Progress(String),
+    /// To `SetParameters`: they hold, and how that came.
+    ParametersSet(Outcome),
     /// To `Chat`: a piece of the answer.
     Text(String),
     /// To `Chat`: the answer is complete.

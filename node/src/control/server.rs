@@ -11,8 +11,9 @@ use ingle_actors::node::control_socket_path;
 use ingle_actors::platform::{LocalListener, LocalStream};
 use ingle_actors::protocol::wire::Answer;
 use ingle_actors::protocol::wire::v1::{FinishReason, Message, Priority, Role, Sampling};
+use ingle_actors::worker::ChangeRequest;
 use tokio::io::{AsyncReadExt, BufReader};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -25,6 +26,8 @@ const CONNECTIONS: usize = 64;
 const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a token or a join may take.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
+/// Words of progress that may wait for a command to read them; more are left out.
+const PROGRESS_BUFFER: usize = 16;
 /// Rest after an accept that failed for lack of something (file descriptors): trying at once would spin.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
@@ -113,6 +116,14 @@ async fn serve(stream: LocalStream, node: &Arc<Node>, chat_deadline: Duration) -
                 () = left => Ok(()),
             }
         }
+        Request::SetParameters { model, changes, restart } => {
+            let setting = set_parameters(node, model, ChangeRequest { changes, restart }, &mut writer);
+            tokio::select! {
+                result = setting => result,
+                // The change goes on: half of one must not stay because somebody pressed Ctrl-C.
+                () = left => Ok(()),
+            }
+        }
         other => {
             let reply = answer(node.clone(), other).await;
             write(&mut writer, &reply).await
@@ -154,13 +165,39 @@ async fn answer(node: Arc<Node>, request: Request) -> Reply {
                     Err(why) => Reply::Error(why),
                 }
             }
-            Request::Chat { .. } => Reply::Error("a chat is answered elsewhere".into()),
+            Request::ShowParameters { model } => match node.parameters(&model) {
+                Ok(shown) => Reply::Parameters(shown),
+                Err(why) => Reply::Error(why),
+            },
+            Request::Chat { .. } | Request::SetParameters { .. } => Reply::Error("that is answered elsewhere".into()),
         }
     });
     match tokio::time::timeout(deadline, work).await {
         Ok(Ok(reply)) => reply,
         Ok(Err(_)) => Reply::Error("something went wrong inside the node; its log says more".into()),
         Err(_) => Reply::Error("the node is still working on it; see `ingle status`".into()),
+    }
+}
+
+/// Passes on how far a change is. It ends by itself: every wait within it has a deadline.
+async fn set_parameters(
+    node: &Node,
+    model: String,
+    request: ChangeRequest,
+    writer: &mut (impl tokio::io::AsyncWrite + Unpin),
+) -> Result<(), LineError> {
+    let (said, mut hears) = mpsc::channel(PROGRESS_BUFFER);
+    let setting = node.set_parameters(&model, request, said);
+    tokio::pin!(setting);
+    loop {
+        tokio::select! {
+            biased;
+            Some(text) = hears.recv() => write(writer, &Reply::Progress(text)).await?,
+            result = &mut setting => {
+                let reply = result.map_or_else(Reply::Error, Reply::ParametersSet);
+                return write(writer, &reply).await;
+            }
+        }
     }
 }
 

@@ -167,7 +167,13 @@ fn samples() -> Vec<(&'static str, Frame)> {
             slots: 4,
             features: vec![],
             pulse: engine_pulse(),
+            missing_memory: 1 << 30,
         }),
+        sample(SetParameters {
+            number: 3,
+            parameters: LiveParameters { batch_size: 16, max_tokens: Some(300), prefill_budget: 256, threads: None },
+        }),
+        sample(ParametersSet { number: 3, refused: Some("no".into()) }),
         sample(ControlProbe { nonce: 99 }),
         sample(DrainRequest { limit_ms: 20_000, undo: false }),
         sample(DrainReply { running: 5, moved: 1 }),

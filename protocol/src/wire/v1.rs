@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 use super::Body;
 use crate::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};
 
+mod parameters;
 mod sampling;
+pub use parameters::*;
 pub use sampling::*;
 
 const KIB: u32 = 1 << 10;
@@ -63,6 +65,8 @@ frames! {
     0x3b Renewed at_most 16 * KIB;
     0x3c AuthorityRefused at_most 4 * KIB;
     0x40 EngineReport at_most 64 * KIB;
+    0x41 SetParameters at_most KIB;
+    0x42 ParametersSet at_most 4 * KIB;
     0x50 ControlProbe at_most KIB;
     0x51 DrainRequest at_most KIB;
     0x52 DrainReply at_most 4 * KIB;
@@ -653,6 +657,8 @@ pub struct EngineReport {
     pub features: Vec<String>,
     /// Counters (the engine id in them is the one that the node gave).
     pub pulse: EnginePulse,
+    /// Bytes of memory that were missing, where `state` is a failure for lack of it; else 0.
+    pub missing_memory: u64,
 }
 
 /// Carried by the control actors and sent back, to see that the control plane itself is alive.

@@ -107,6 +107,13 @@ impl Kernels {
         self.pool.threads()
     }
 
+    /// Computes on so many threads from now on. Results do not depend on how many there are.
+    pub fn set_threads(&mut self, threads: usize) {
+        if threads.max(1) != self.pool.threads() {
+            self.pool = Pool::new(threads);
+        }
+    }
+
     /// `out = norm(x) · weights (+ bias)`, the parts' outputs side by side. `x` is `[rows, inputs]`, `out`
     /// `[rows, outputs]`; all parts have the same inputs.
     pub fn linear(&mut self, parts: &[Packed], bias: Option<&[f32]>, x: &[f32], norm: Norm<'_>, out: &mut [f32]) {

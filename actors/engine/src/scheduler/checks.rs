@@ -2,8 +2,11 @@
 //! of them.
 
 use ingle_protocol::wire::v1::{
-    LOGIT_BIAS_LIMIT, RefusalKind, Refused, Request, STOP_TOKENS_LIMIT, Sampling, TOP_LOGPROBS_LIMIT,
+    LOGIT_BIAS_LIMIT, RefusalKind, Refused, Request, Role, STOP_TOKENS_LIMIT, Sampling, TOP_LOGPROBS_LIMIT,
 };
+use serde_json::{Map, Value};
+
+use crate::text::ToolSupport;
 
 /// The most stop texts of a request.
 const MAX_STOPS: usize = 16;
@@ -64,21 +67,72 @@ fn check_numbers(sampling: &Sampling) -> Result<(), Refused> {
 }
 
 /// Refuses every member that this engine would have to ignore, by name.
-pub(super) fn check_extra(request: &Request) -> Result<(), Refused> {
-    check_members(&request.extra, "", "extra")?;
+pub(super) fn check_extra(request: &Request, tools: ToolSupport) -> Result<(), Refused> {
+    let members = members_of(&request.extra, "extra")?;
+    let wants_tools = members.get("tools").is_some_and(|tools| tools.as_array().is_none_or(|all| !all.is_empty()))
+        && members.get("tool_choice").and_then(Value::as_str) != Some("none");
+    if wants_tools {
+        check_tools(tools, "tools")?;
+        check_tool_choice(members.get("tool_choice"))?;
+    }
+    let is_known = |name: &str, value: &Value| match name {
+        "tools" => value.is_array(),
+        "tool_choice" => members.contains_key("tools"),
+        // A model may call several or one; which, nobody promises here.
+        "parallel_tool_calls" => value.is_boolean() && members.contains_key("tools"),
+        _ => is_usual(name, value),
+    };
+    refuse_unknown(&members, "", is_known)?;
     for (index, message) in request.messages.iter().enumerate() {
-        check_members(&message.extra, &format!("messages[{index}]."), &format!("messages[{index}]"))?;
+        let path = format!("messages[{index}]");
+        let members = members_of(&message.extra, &path)?;
+        let of_tools: &[&str] = match message.role {
+            Role::Assistant => &["tool_calls"],
+            Role::Tool => &["tool_call_id", "name"],
+            Role::System | Role::User => &[],
+        };
+        if let Some(name) = of_tools.iter().find(|name| members.get(**name).is_some_and(|value| !value.is_null())) {
+            check_tools(tools, &format!("{path}.{name}"))?;
+        }
+        refuse_unknown(&members, &format!("{path}."), |name, _| of_tools.contains(&name))?;
     }
     Ok(())
 }
 
-fn check_members(json: &[u8], prefix: &str, whole: &str) -> Result<(), Refused> {
-    if json.is_empty() {
-        return Ok(());
+fn check_tools(tools: ToolSupport, param: &str) -> Result<(), Refused> {
+    let why = match tools {
+        ToolSupport::Known(_) => return Ok(()),
+        ToolSupport::None => "this model's template has no tools",
+        ToolSupport::Unknown => "this model's template has tools, but how the model calls them is not known here",
+    };
+    Err(refuse(RefusalKind::UnsupportedField, Some(param), format!("'{param}' is not supported: {why}")))
+}
+
+/// What would have to constrain the answer is refused: nothing does.
+fn check_tool_choice(choice: Option<&Value>) -> Result<(), Refused> {
+    match choice {
+        None | Some(Value::Null) => Ok(()),
+        Some(choice) if choice == "auto" => Ok(()),
+        Some(_) => {
+            let message = "'tool_choice' can be `auto` or `none`: this engine cannot force a model to call a tool";
+            Err(refuse(RefusalKind::UnsupportedField, Some("tool_choice"), message.into()))
+        }
     }
-    let members: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_slice(json).map_err(|why| invalid(whole, &format!("not a JSON object: {why}")))?;
-    match members.iter().find(|(name, value)| !(value.is_null() || prefix.is_empty() && is_usual(name, value))) {
+}
+
+fn members_of(json: &[u8], whole: &str) -> Result<Map<String, Value>, Refused> {
+    if json.is_empty() {
+        return Ok(Map::new());
+    }
+    serde_json::from_slice(json).map_err(|why| invalid(whole, &format!("not a JSON object: {why}")))
+}
+
+fn refuse_unknown(
+    members: &Map<String, Value>,
+    prefix: &str,
+    is_known: impl Fn(&str, &Value) -> bool,
+) -> Result<(), Refused> {
+    match members.iter().find(|(name, value)| !value.is_null() && !is_known(name, value)) {
         None => Ok(()),
         Some((name, _)) => {
             let param = format!("{prefix}{name}");
@@ -89,7 +143,7 @@ fn check_members(json: &[u8], prefix: &str, whole: &str) -> Result<(), Refused> 
 }
 
 /// The member asks for what happens anyway (some client libraries always send these).
-fn is_usual(name: &str, value: &serde_json::Value) -> bool {
+fn is_usual(name: &str, value: &Value) -> bool {
     match name {
         "n" => value.as_f64() == Some(1.0),
         "response_format" => *value == serde_json::json!({ "type": "text" }),

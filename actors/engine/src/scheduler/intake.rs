@@ -61,7 +61,6 @@ pub(super) struct Intake {
     digest: ModelDigest,
     context_length: u32,
     vocabulary: u32,
-    max_tokens: Option<u32>,
     codec: Arc<dyn Codec>,
     shared: Arc<Shared>,
     hearts: Arc<Hearts>,
@@ -71,7 +70,7 @@ impl Intake {
     pub fn new(spec: &EngineSpec, engine: &Capabilities, codec: Arc<dyn Codec>, shared: Arc<Shared>) -> Self {
         let hearts = Arc::default();
         let (context_length, vocabulary) = (engine.context_length, engine.vocabulary);
-        Self { digest: spec.digest, context_length, vocabulary, max_tokens: spec.max_tokens, codec, shared, hearts }
+        Self { digest: spec.digest, context_length, vocabulary, codec, shared, hearts }
     }
 
     pub fn hearts(&self) -> Arc<Hearts> {
@@ -120,7 +119,7 @@ impl Intake {
         };
         let Request { mut sampling, resume, priority, .. } = *request;
         // What the household has set goes before what a request asks for.
-        sampling.max_tokens = sampling.max_tokens.into_iter().chain(self.max_tokens).min();
+        sampling.max_tokens = sampling.max_tokens.into_iter().chain(self.shared.limits().max_tokens).min();
         let (prompt_tokens, resumed) = (prompt.len() as u32, resume.len() as u32);
         let mut sequence = Sequence {
             output: Output::new(answers, last),
@@ -175,7 +174,7 @@ impl Intake {
             let message = format!("{} is not here: this engine runs {}", request.digest, self.digest);
             return Err(refuse(RefusalKind::UnknownModel, Some("model"), message));
         }
-        check_extra(request)?;
+        check_extra(request, self.codec.tools())?;
         check_sampling(&request.sampling, self.vocabulary)?;
         if request.messages.is_empty() {
             return Err(invalid("messages", "there must be at least one message"));

@@ -9,7 +9,9 @@ use super::*;
 use crate::gguf::tiny;
 use crate::{Engine, EngineSpec, ModelOptions, ModelSource};
 
+mod adjusting;
 mod sampling;
+mod tools;
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -217,9 +219,9 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         let refused = whole.refused().clone();
         (refused.kind, refused.param.unwrap_or_default(), refused.message)
     };
-    let (kind, param, message) = refusal(&|r| r.extra = br#"{"user": null, "tools": []}"#.to_vec());
-    assert_eq!((kind, param.as_str()), (RefusalKind::UnsupportedField, "tools"));
-    assert!(message.contains("'tools'"), "{message}");
+    let (kind, param, message) = refusal(&|r| r.extra = br#"{"user": null, "grammar": []}"#.to_vec());
+    assert_eq!((kind, param.as_str()), (RefusalKind::UnsupportedField, "grammar"));
+    assert!(message.contains("'grammar'"), "{message}");
     let (kind, param, _) = refusal(&|r| r.messages[0].extra = br#"{"name": "x"}"#.to_vec());
     assert_eq!((kind, param.as_str()), (RefusalKind::UnsupportedField, "messages[0].name"));
     type Change = dyn Fn(&mut Request);

@@ -9,7 +9,7 @@ use regex::{Captures, Regex};
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter};
 
-use super::{Conversation, PromptError};
+use super::{Conversation, PromptError, ToolSupport};
 
 /// Instructions of one rendering: a template that loops for ever ends in an error.
 const FUEL: u64 = 5_000_000;
@@ -20,6 +20,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     bos: String,
     eos: String,
+    tools: ToolSupport,
 }
 
 impl ChatTemplate {
@@ -35,7 +36,12 @@ impl ChatTemplate {
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
         environment.add_template_owned("chat", without_training_marks(source)?).map_err(|error| describe(&error))?;
-        Ok(Self { environment, bos: bos.into(), eos: eos.into() })
+        Ok(Self { environment, bos: bos.into(), eos: eos.into(), tools: ToolSupport::of_template(source) })
+    }
+
+    /// What it knows of tools.
+    pub fn tools(&self) -> ToolSupport {
+        self.tools
     }
 
     /// The conversation as text, ready for the assistant's turn.

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use ingle_protocol::wire::v1::Message;
 
-use super::{ChatTemplate, Codec, Conversation, PromptError};
+use super::{ChatTemplate, Codec, Conversation, PromptError, ToolSupport};
 use crate::EngineError;
 use crate::gguf::Gguf;
 
@@ -108,9 +108,15 @@ impl Tokenizer {
             built.map_err(|why| vocabulary.broken(format!("its special tokens cannot be looked for: {why}")))
         };
 
+        let call_marks = match template.as_ref().map(ChatTemplate::tools) {
+            Some(ToolSupport::Known(format)) => [Some(format.mark()), format.close()],
+            _ => [None; 2],
+        };
         let (mut bytes, mut starts) = (Vec::new(), vec![0]);
         for (_, token, kind) in vocabulary.iter() {
-            pieces.bytes_of(token, kind, &mut bytes);
+            // Control tokens are no text, but without these nobody could tell a call from an answer.
+            let is_mark = kind == Kind::Control && call_marks.contains(&Some(token));
+            pieces.bytes_of(token, if is_mark { Kind::UserDefined } else { kind }, &mut bytes);
             starts.push(bytes.len());
         }
         let longest = starts.windows(2).map(|place| place[1] - place[0]).max().unwrap_or(1);
@@ -239,6 +245,10 @@ fn word_piece(vocabulary: &Vocabulary<'_>) -> Result<Read, EngineError> {
 }
 
 impl Codec for Tokenizer {
+    fn tools(&self) -> ToolSupport {
+        self.template.as_ref().map_or(ToolSupport::None, ChatTemplate::tools)
+    }
+
     fn prompt(&self, messages: &[Message], extra: &[u8]) -> Result<Vec<u32>, PromptError> {
         let template = self.template()?;
         let mut conversation = Conversation::new(messages, extra)?;

@@ -1,7 +1,8 @@
-//! `ingle models`: model files in other formats, and what that costs.
+//! `ingle models`: parameters, and model files in other formats with what that costs.
 
 mod embed;
 mod eval;
+mod parameters;
 mod progress;
 mod quantize;
 
@@ -21,6 +22,8 @@ use crate::config::Settings;
 /// Runs one of the commands.
 pub async fn run(settings: &Settings, models: Models) -> anyhow::Result<()> {
     match models.command {
+        ModelsCommand::Show(options) => parameters::show(settings, options).await,
+        ModelsCommand::Set(options) => parameters::set(settings, options).await,
         ModelsCommand::Quantize(options) => quantize::run(settings, options).await,
         ModelsCommand::Eval(options) => eval::run(settings, options).await,
         ModelsCommand::Embed(options) => embed::run(settings, options).await,

@@ -15,7 +15,9 @@ use tracing::Span;
 
 use super::error::ok;
 use super::logprobs::LogprobsBody;
-use super::{ApiError, request, stream};
+use super::stream::EventWriter;
+use super::tools::{AnswerTools, CallBody};
+use super::{ApiError, request, stream, tools};
 use crate::http::App;
 use crate::http::authenticate::Principal;
 use crate::http::body;
@@ -94,8 +96,11 @@ struct Choice {
 #[derive(Serialize)]
 struct AnswerMessage {
     role: &'static str,
-    content: String,
+    /// Null where the answer is nothing but calls.
+    content: Option<String>,
     refusal: Option<()>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<CallBody>,
 }
 
 /// The handler.
@@ -109,9 +114,9 @@ pub async fn create(
     let result = answer(&app, context, principal, request, &mut log).await;
     match result {
         Ok(Begun::Whole(response)) => Ok(response),
-        Ok(Begun::Stream { head, include_usage, reply, headers }) => {
+        Ok(Begun::Stream { writer, reply, headers }) => {
             log.streams = true;
-            let mut response = stream::respond(head, include_usage, reply.answers, log);
+            let mut response = stream::respond(writer, reply.answers, log);
             headers.insert(&mut response);
             Ok(response)
         }
@@ -130,7 +135,7 @@ enum Begun {
     /// It is complete.
     Whole(Response),
     /// The rest comes.
-    Stream { head: Head, include_usage: bool, reply: Reply, headers: AnswerHeaders },
+    Stream { writer: EventWriter, reply: Reply, headers: AnswerHeaders },
 }
 
 async fn answer(
@@ -182,10 +187,12 @@ async fn answer(
         model: reply.model.clone(),
     };
     let headers = AnswerHeaders { node: reply.node.clone(), explain: explains.then(|| reply.record.lock().line()) };
+    let tools = AnswerTools::new(parsed.tools, &reply.features);
     if parsed.stream {
-        return Ok(Begun::Stream { head, include_usage: parsed.include_usage, reply, headers });
+        let writer = EventWriter::new(head, parsed.include_usage, tools);
+        return Ok(Begun::Stream { writer, reply, headers });
     }
-    let mut response = ok(collect(head, &mut reply, wants_logprobs, log).await?);
+    let mut response = ok(collect(head, &mut reply, wants_logprobs, tools, log).await?);
     headers.insert(&mut response);
     Ok(Begun::Whole(response))
 }
@@ -195,6 +202,7 @@ async fn collect(
     head: Head,
     reply: &mut Reply,
     wants_logprobs: bool,
+    mut tools: Option<AnswerTools>,
     log: &mut RequestLog,
 ) -> Result<Completion, ApiError> {
     let mut text = Vec::new();
@@ -212,9 +220,15 @@ async fn collect(
             Answer::Finished(Finished { reason, usage, .. }) => {
                 let content = String::from_utf8(text)
                     .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
-                let message = AnswerMessage { role: "assistant", content, refusal: None };
+                let (content, tool_calls) = match &mut tools {
+                    Some(tools) => tools::split(tools, &content),
+                    None => (content, vec![]),
+                };
+                let content = (tool_calls.is_empty() || !content.is_empty()).then_some(content);
+                let message = AnswerMessage { role: "assistant", content, refusal: None, tool_calls };
                 let logprobs = logprobs.map(|all| LogprobsBody::new(&all));
-                let choice = Choice { index: 0, message, logprobs, finish_reason: finish_reason(reason) };
+                let finish_reason = tools.map_or(finish_reason(reason), |tools| tools.finish_reason(reason));
+                let choice = Choice { index: 0, message, logprobs, finish_reason };
                 let Head { id, created, model } = head;
                 let usage = usage.into();
                 return Ok(Completion { id, object: "chat.completion", created, model, choices: [choice], usage });
@@ -322,7 +336,7 @@ mod tests {
     async fn a_whole_answer_in_the_usual_shape() {
         let (sender, answers) = mpsc::channel(8);
         let accepted = Accepted { prompt_tokens: 3, cached_tokens: 1, context_length: 100, load: Load::default() };
-        let mut reply = Reply { node: "tower".into(), model: "m".into(), accepted, answers, record: Record::default() };
+        let mut reply = Reply { node: "tower".into(), model: "m".into(), features: vec![], accepted, answers, record: Record::default() };
         // A character that two tokens share stays one character.
         for text in [&b"h"[..], b"\xc3", b"\xa9"] {
             sender
@@ -337,7 +351,7 @@ mod tests {
             .unwrap();
         let head = Head { id: "chatcmpl-1".into(), created: 5, model: "m".into() };
         let mut log = RequestLog::new(Span::none(), false);
-        let body = serde_json::to_string(&collect(head, &mut reply, false, &mut log).await.unwrap()).unwrap();
+        let body = serde_json::to_string(&collect(head, &mut reply, false, None, &mut log).await.unwrap()).unwrap();
         assert_eq!(
             body,
             r#"{"id":"chatcmpl-1","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"hé","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":3,"total_tokens":6,"prompt_tokens_details":{"cached_tokens":1}}}"#

@@ -9,5 +9,6 @@ pub mod models;
 mod request;
 mod sampling;
 mod stream;
+mod tools;
 
 pub use error::{ApiError, ok};

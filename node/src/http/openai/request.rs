@@ -1,6 +1,7 @@
 //! The body of a chat completion request. What we have no field for is neither taken and ignored nor refused here:
 //! it travels to the engine as `extra`, and the engine honours it or refuses it by name.
 
+use ingle_actors::protocol::raw_json;
 use ingle_actors::protocol::wire::v1::{EXTRA_LIMIT, Message, Role, Sampling};
 use serde_json::{Map, Value, json};
 
@@ -8,6 +9,7 @@ use super::ApiError;
 use super::fields::{Fields, wrong_type};
 use super::json;
 use super::sampling::sampling;
+use super::tools::{self, ToolUse};
 
 /// The longest name of a model, in bytes.
 const LONGEST_NAME: usize = 256;
@@ -27,6 +29,8 @@ pub struct CompletionRequest {
     pub include_usage: bool,
     /// What the client calls its user, for logs.
     pub user: Option<String>,
+    /// It may be answered with calls of tools.
+    pub tools: Option<ToolUse>,
     /// Members without a field here, as a JSON object; empty for none.
     pub extra: Vec<u8>,
 }
@@ -43,18 +47,21 @@ pub fn parse(body: &[u8], random_seed: u64) -> Result<CompletionRequest, ApiErro
     if model.len() > LONGEST_NAME {
         return Err(ApiError::invalid("model", format!("`model` is longer than {LONGEST_NAME} bytes.")));
     }
-    let messages = messages(&mut fields)?;
+    let written = Written::new(text);
+    let messages = messages(&mut fields, &written)?;
     let sampling = sampling(&mut fields, random_seed)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
     let include_usage = include_usage(&mut fields, stream)?;
     // Who asks changes nothing about the answer: it is for logs only. So are hints for somebody else's cache.
     let user = fields.text("user")?.or(fields.text("safety_identifier")?);
     fields.text("prompt_cache_key")?;
-    let extra = extra(without_no_ops(fields.rest()), "")?;
-    Ok(CompletionRequest { model, messages, sampling, stream, include_usage, user, extra })
+    let rest = without_no_ops(fields.rest());
+    let tools = tools::wanted(&rest)?;
+    let extra = written.extra(&rest, "")?;
+    Ok(CompletionRequest { model, messages, sampling, stream, include_usage, user, tools, extra })
 }
 
-fn messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
+fn messages(fields: &mut Fields, written: &Written<'_>) -> Result<Vec<Message>, ApiError> {
     let items = match fields.take("messages") {
         Some(Value::Array(items)) => items,
         Some(other) => return Err(wrong_type("messages", "an array", &other)),
@@ -63,10 +70,13 @@ fn messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
     if items.is_empty() {
         return Err(ApiError::invalid("messages", "`messages` is empty: write at least one message."));
     }
-    items.into_iter().enumerate().map(|(index, item)| message(item, format!("messages[{index}]"))).collect()
+    let written = raw_json::items(written.member("messages"));
+    let written = written.into_iter().map(Written::new).chain(std::iter::repeat_with(|| Written::new("{}")));
+    let numbered = items.into_iter().enumerate().zip(written);
+    numbered.map(|((index, item), written)| message(item, &written, format!("messages[{index}]"))).collect()
 }
 
-fn message(value: Value, path: String) -> Result<Message, ApiError> {
+fn message(value: Value, written: &Written<'_>, path: String) -> Result<Message, ApiError> {
     let mut fields = Fields::new(value, path.clone())?;
     let role_path = fields.path_of("role");
     let role = match fields.text("role")?.as_deref() {
@@ -100,7 +110,8 @@ fn message(value: Value, path: String) -> Result<Message, ApiError> {
             return Err(ApiError::invalid(content_path, message));
         }
     };
-    Ok(Message { role, content, extra: extra(rest, &path)? })
+    tools::check_message(role, &rest, &path)?;
+    Ok(Message { role, content, extra: written.extra(&rest, &path)? })
 }
 
 /// The texts of all parts, a line break between them.
@@ -194,21 +205,40 @@ fn equal(a: &Value, b: &Value) -> bool {
     }
 }
 
-/// What is left, as bytes. `path` is where the object stands; empty for the whole request.
-fn extra(rest: Map<String, Value>, path: &str) -> Result<Vec<u8>, ApiError> {
-    if rest.is_empty() {
-        return Ok(vec![]);
+/// The members of an object as the client wrote them. What travels on keeps their order and the digits of their
+/// numbers: models are trained on descriptions of tools that begin with their names.
+struct Written<'t> {
+    members: Vec<(String, &'t str)>,
+}
+
+impl<'t> Written<'t> {
+    /// Of JSON that was read without an error.
+    fn new(object: &'t str) -> Self {
+        let name = |written: &str| serde_json::from_str(written).unwrap_or_default();
+        Self { members: raw_json::members(object).into_iter().map(|(key, value)| (name(key), value)).collect() }
     }
-    let first = rest.keys().next().cloned().unwrap_or_default();
-    let bytes = serde_json::to_vec(&rest)
-        .map_err(|error| ApiError::unreadable(format!("The request cannot be passed on: {error}.")))?;
-    if bytes.len() > EXTRA_LIMIT {
+
+    /// One of them; nothing where it is not there.
+    fn member(&self, name: &str) -> &'t str {
+        self.members.iter().find(|(known, _)| known == name).map_or("", |(_, value)| *value)
+    }
+
+    /// Those that are left, as bytes. `path` is where the object stands; empty for the whole request.
+    fn extra(&self, rest: &Map<String, Value>, path: &str) -> Result<Vec<u8>, ApiError> {
+        let mut left = self.members.iter().filter(|(name, _)| rest.contains_key(name)).peekable();
+        let Some((first, _)) = left.peek() else { return Ok(vec![]) };
         let first: String = first.chars().take(80).collect();
-        let param = if path.is_empty() { first } else { format!("{path}.{first}") };
-        let message = format!("`{param}` and the other less common fields are longer than {} KiB.", EXTRA_LIMIT >> 10);
-        return Err(ApiError::invalid(param, message));
+        let members: Vec<String> =
+            left.map(|(name, value)| format!("{}:{value}", Value::from(name.as_str()))).collect();
+        let bytes = format!("{{{}}}", members.join(",")).into_bytes();
+        if bytes.len() > EXTRA_LIMIT {
+            let param = if path.is_empty() { first } else { format!("{path}.{first}") };
+            let message =
+                format!("`{param}` and the other less common fields are longer than {} KiB.", EXTRA_LIMIT >> 10);
+            return Err(ApiError::invalid(param, message));
+        }
+        Ok(bytes)
     }
-    Ok(bytes)
 }
 
 #[cfg(test)]

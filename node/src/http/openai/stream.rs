@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use super::ApiError;
 use super::chat_completions::{Head, RequestLog, UsageBody, finish_reason};
 use super::logprobs::LogprobsBody;
+use super::tools::{AnswerTools, CallBody, Part};
 
 /// So much silence, and a comment shows proxies and clients that the connection lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -47,6 +48,8 @@ struct Delta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[&'a CallBody; 1]>,
 }
 
 /// Turns frames into events. Knows no clock and no socket.
@@ -54,18 +57,20 @@ struct Delta<'a> {
 pub struct EventWriter {
     head: Head,
     include_usage: bool,
+    /// Where the answer may call tools.
+    tools: Option<AnswerTools>,
     ended: bool,
 }
 
 impl EventWriter {
     /// `include_usage` adds a chunk with the usage before the end.
-    pub fn new(head: Head, include_usage: bool) -> Self {
-        Self { head, include_usage, ended: false }
+    pub fn new(head: Head, include_usage: bool, tools: Option<AnswerTools>) -> Self {
+        Self { head, include_usage, tools, ended: false }
     }
 
     /// The first event: who speaks.
     pub fn begin(&self, out: &mut Vec<u8>) {
-        self.chunk(out, Delta { role: Some("assistant"), content: Some("") }, None, None);
+        self.chunk(out, Delta { role: Some("assistant"), content: Some(""), tool_calls: None }, None, None);
     }
 
     /// The event for a frame, if it has one. Nothing is written after the last frame.
@@ -79,10 +84,17 @@ impl EventWriter {
             Answer::Token(token) if token.text.is_empty() && token.logprobs.is_none() => {}
             Answer::Token(token) => {
                 let text = String::from_utf8_lossy(&token.text);
-                self.chunk(out, Delta { role: None, content: Some(&text) }, token.logprobs.as_ref(), None);
+                match self.tools.as_mut().map(|tools| tools.push(&text)) {
+                    None => self.text(out, &text, token.logprobs.as_ref()),
+                    Some(parts) => self.parts(out, &parts, token.logprobs.as_ref()),
+                }
             }
             Answer::Finished(finished) => {
-                self.chunk(out, Delta::default(), None, Some(finish_reason(finished.reason)));
+                let parts = self.tools.as_mut().map(AnswerTools::finish).unwrap_or_default();
+                self.parts(out, &parts, None);
+                let reason = finished.reason;
+                let reason = self.tools.as_ref().map_or(finish_reason(reason), |tools| tools.finish_reason(reason));
+                self.chunk(out, Delta::default(), None, Some(reason));
                 if self.include_usage {
                     self.event(out, &[], Some(finished.usage));
                 }
@@ -92,6 +104,25 @@ impl EventWriter {
             Answer::Failed(failed) => write_error(out, &failed.clone().into()),
             Answer::Refused(refused) => write_error(out, &refused.clone().into()),
             Answer::Accepted(_) | Answer::Progress(_) => {}
+        }
+    }
+
+    fn text(&self, out: &mut Vec<u8>, text: &str, logprobs: Option<&Logprobs>) {
+        self.chunk(out, Delta { content: Some(text), ..Delta::default() }, logprobs, None);
+    }
+
+    /// Parts that a token released, and how likely it was.
+    fn parts(&self, out: &mut Vec<u8>, parts: &[Part], mut logprobs: Option<&Logprobs>) {
+        for part in parts {
+            match part {
+                Part::Text(text) => self.text(out, text, logprobs.take()),
+                Part::Call(call) => {
+                    self.chunk(out, Delta { tool_calls: Some([call]), ..Delta::default() }, logprobs.take(), None);
+                }
+            }
+        }
+        if logprobs.is_some() {
+            self.text(out, "", logprobs);
         }
     }
 
@@ -187,8 +218,7 @@ pub fn broken_off() -> Answer {
 }
 
 /// The response that streams `answers`.
-pub fn respond(head: Head, include_usage: bool, answers: mpsc::Receiver<Answer>, log: RequestLog) -> Response {
-    let writer = EventWriter::new(head, include_usage);
+pub fn respond(writer: EventWriter, answers: mpsc::Receiver<Answer>, log: RequestLog) -> Response {
     let running = Running { writer, answers, log, begun: false, keep_alive: KEEP_ALIVE };
     let events = futures_util::stream::unfold(running, |mut running| async move {
         running.next().await.map(|bytes| (Ok::<_, Infallible>(bytes), running))
@@ -206,6 +236,7 @@ pub fn respond(head: Head, include_usage: bool, answers: mpsc::Receiver<Answer>,
 mod tests {
     use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Load, Logprob, Token};
 
+    use super::super::tools::ToolUse;
     use super::*;
 
     fn head() -> Head {
@@ -228,7 +259,7 @@ mod tests {
 
     fn written(include_usage: bool, answers: &[Answer]) -> String {
         let mut out = Vec::new();
-        let mut writer = EventWriter::new(head(), include_usage);
+        let mut writer = EventWriter::new(head(), include_usage, None);
         writer.begin(&mut out);
         answers.iter().for_each(|answer| writer.write(answer, &mut out));
         String::from_utf8(out).unwrap()
@@ -278,6 +309,32 @@ mod tests {
     }
 
     #[test]
+    fn a_call_of_a_tool_is_one_delta_behind_the_text_before_it() {
+        let tools = AnswerTools::new(Some(ToolUse { parallel: true }), &["tools:hermes".into()]);
+        let (mut out, mut writer) = (Vec::new(), EventWriter::new(head(), false, tools));
+        let mut finished = finished();
+        if let Answer::Finished(finished) = &mut finished {
+            finished.reason = FinishReason::Stop;
+        }
+        for text in ["Hm", " <tool", "_call>{\"name\": \"f\", \"arguments\": {\"x\": 1}", "}</tool_call>"] {
+            writer.write(&token(0, text), &mut out);
+        }
+        writer.write(&finished, &mut out);
+        let text = String::from_utf8(out).unwrap();
+        let choices: Vec<serde_json::Value> = text
+            .split("\n\n")
+            .filter_map(|event| serde_json::from_str(event.strip_prefix("data: ")?).ok())
+            .map(|chunk: serde_json::Value| chunk["choices"][0].clone())
+            .collect();
+        let [hm, space, call, end] = choices.try_into().unwrap();
+        assert_eq!((&hm["delta"]["content"], &space["delta"]["content"]), (&"Hm".into(), &" ".into()));
+        let call = &call["delta"]["tool_calls"][0];
+        assert_eq!((&call["index"], &call["type"]), (&0.into(), &"function".into()));
+        assert_eq!(call["function"], serde_json::json!({"name": "f", "arguments": "{\"x\": 1}"}));
+        assert_eq!(end["finish_reason"], "tool_calls");
+    }
+
+    #[test]
     fn a_broken_answer_ends_in_a_typed_error_and_without_done() {
         let text = written(false, &[token(0, "a"), failed(), finished()]);
         assert!(text.ends_with(
@@ -291,7 +348,7 @@ mod tests {
     async fn silence_is_filled_and_an_answer_without_an_end_is_an_error() {
         let (sender, answers) = mpsc::channel(4);
         let mut running = Running {
-            writer: EventWriter::new(head(), false),
+            writer: EventWriter::new(head(), false, None),
             answers,
             log: RequestLog::new(tracing::Span::none(), true),
             begun: false,

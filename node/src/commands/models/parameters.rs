@@ -1,0 +1,159 @@
+//! `ingle models show` and `ingle models set`.
+
+use std::time::Duration;
+
+use ingle_actors::node::{
+    Change, GivenParameters, ModelParameters, Outcome, Parameter, ParameterChanges, ParameterValue, ShownParameters,
+    Source, set_offline, show_offline,
+};
+use serde_json::json;
+
+use crate::cli::{SetParameters, ShowParameters};
+use crate::commands::{explain_error, unexpected};
+use crate::config::Settings;
+use crate::control::{Client, ControlError, Reply, Request};
+use crate::exit::UsageError;
+use crate::output::{complain, print};
+
+/// A node that says nothing for so long hangs: it says how far it is every few seconds.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// What takes a parameter back.
+const DEFAULT: &str = "default";
+
+/// Shows what holds: for the running node, or where none runs for its next start.
+pub async fn show(settings: &Settings, options: ShowParameters) -> anyhow::Result<()> {
+    let request = Request::ShowParameters { model: options.model.clone() };
+    let shown = match Client::ask(&settings.state_dir, &request).await {
+        Ok(mut client) => match client.next(SILENCE_LIMIT).await? {
+            Reply::Parameters(shown) => shown,
+            _ => return Err(unexpected()),
+        },
+        Err(ControlError::NoNode) => {
+            complain("No node runs here now: this is what its next start takes.");
+            show_offline(&settings.state_dir, settings.model.as_ref(), &settings.parameters, &options.model)?
+        }
+        Err(error) => return Err(explain_error(settings, error)),
+    };
+    print(&if options.json { serde_json::to_string_pretty(&shown)? + "\n" } else { table(&shown) })
+}
+
+/// Sets parameters and waits until they hold.
+pub async fn set(settings: &Settings, options: SetParameters) -> anyhow::Result<()> {
+    let changes = changes(&options.values)?;
+    let request =
+        Request::SetParameters { model: options.model.clone(), changes: changes.clone(), restart: options.restart };
+    let outcome = match Client::ask(&settings.state_dir, &request).await {
+        Ok(mut client) => loop {
+            match client.next(SILENCE_LIMIT).await? {
+                Reply::Progress(text) => complain(&text),
+                Reply::ParametersSet(outcome) => break outcome,
+                _ => return Err(unexpected()),
+            }
+        },
+        Err(ControlError::NoNode) => {
+            let (state_dir, model) = (&settings.state_dir, settings.model.as_ref());
+            set_offline(state_dir, model, &settings.parameters, &options.model, &changes)?;
+            Outcome::Stored
+        }
+        Err(error) => return Err(explain_error(settings, error)),
+    };
+    if options.json {
+        return print(&format!("{}\n", json!({ "model": options.model, "outcome": outcome })));
+    }
+    print(&format!("{}\n", in_words(outcome)))
+}
+
+fn changes(values: &[String]) -> Result<ParameterChanges, UsageError> {
+    let mut changes = ParameterChanges::new();
+    for text in values {
+        let (name, value) = text
+            .split_once('=')
+            .ok_or_else(|| UsageError(format!("`{text}` sets nothing: write it as in `max_tokens=400`.")))?;
+        let parameter: Parameter = name.parse().map_err(|error| UsageError(format!("{error}.")))?;
+        let value = (value != DEFAULT).then(|| ParameterValue::from(value));
+        if changes.insert(parameter, value).is_some() {
+            return Err(UsageError(format!("{parameter} is given twice.")));
+        }
+    }
+    // What no engine could have needs no node to be refused.
+    let possible = GivenParameters::default().with(&changes).over(ModelParameters::default());
+    possible.map_err(|error| UsageError(format!("{error}.")))?;
+    Ok(changes)
+}
+
+fn in_words(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Unchanged => "These values hold already; nothing had to change.",
+        Outcome::Live => "Set: the running engine has taken it.",
+        Outcome::Moved => "Set: another engine has taken over, without a gap. The one before finishes its answers.",
+        Outcome::Restarted => "Set: the engine finished its answers and was started anew.",
+        Outcome::Stored => "Set: it holds when the model starts.",
+    }
+}
+
+fn table(shown: &ShownParameters) -> String {
+    let mut text = format!("{}\n\n{:<16}{:<10}{:<10}CHANGE\n", shown.model, "PARAMETER", "VALUE", "FROM");
+    for parameter in &shown.parameters {
+        let source = match parameter.source {
+            Source::Set => "set",
+            Source::Config => "config",
+            Source::Default => "default",
+        };
+        let change = match parameter.change {
+            Change::Reload => "reload",
+            Change::Live | Change::Nothing => "live",
+        };
+        let note = if parameter.note.is_empty() { String::new() } else { format!(" ({})", parameter.note) };
+        text +=
+            &format!("{:<16}{:<10}{source:<10}{change}{note}\n", parameter.name.as_str(), parameter.value.to_string());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use ingle_actors::node::ShownParameter;
+
+    use super::*;
+
+    fn parsed(values: &[&str]) -> Result<ParameterChanges, String> {
+        changes(&values.iter().map(|value| (*value).to_owned()).collect::<Vec<_>>()).map_err(|error| error.0)
+    }
+
+    #[test]
+    fn what_is_typed_is_understood_or_named() {
+        let changes = parsed(&["max_tokens=40", "kv_type=int8", "threads=default", "kv_memory_mib=none"]).unwrap();
+        assert_eq!(changes[&Parameter::MaxTokens], Some(ParameterValue::Number(40)));
+        assert_eq!(changes[&Parameter::KvType], Some(ParameterValue::Word("int8".into())));
+        assert_eq!(changes[&Parameter::Threads], None);
+        assert_eq!(changes[&Parameter::KvMemoryMib], Some(ParameterValue::Word("none".into())));
+        assert!(parsed(&["max_tokens"]).unwrap_err().contains("`max_tokens` sets nothing"));
+        assert!(parsed(&["tokens=3"]).unwrap_err().contains("no parameter `tokens`"));
+        assert!(parsed(&["batch_size=none"]).unwrap_err().contains("batch_size is none"));
+        assert!(parsed(&["threads=3", "threads=4"]).unwrap_err().contains("threads is given twice"));
+    }
+
+    #[test]
+    fn the_table_says_value_source_and_change() {
+        let shown = |name, value: &str, source, change, note: &str| ShownParameter {
+            name,
+            value: value.into(),
+            source,
+            change,
+            note: note.into(),
+        };
+        let shown = ShownParameters {
+            model: "m".into(),
+            parameters: vec![
+                shown(Parameter::BatchSize, "4", Source::Set, Change::Live, "live up to 16, reload above"),
+                shown(Parameter::KvType, "int8", Source::Config, Change::Reload, ""),
+            ],
+        };
+        assert_eq!(
+            table(&shown),
+            "m\n\nPARAMETER       VALUE     FROM      CHANGE\n\
+             batch_size      4         set       live (live up to 16, reload above)\n\
+             kv_type         int8      config    reload\n"
+        );
+    }
+}

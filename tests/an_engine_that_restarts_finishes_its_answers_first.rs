@@ -1,0 +1,26 @@
+//! Where a second engine shall not run beside the first, the first finishes before the second starts.
+
+use crate::harness::*;
+
+#[tokio::test]
+async fn an_engine_that_restarts_finishes_its_answers_first() {
+    let mut tower = Machine::new("tower").model("echo");
+    tower.up().await;
+    let engine = tower.engine().await;
+    let running = tower.stream(&echo("repeat 40 every 20ms: hello ")).await.begun().await;
+    let setting = tower.ingle(&["models", "set", "echo", "kv_type=int8", "--restart"]);
+    let meanwhile = async {
+        tower.until("it drains", |status| status.model("tower")["state"] == "draining").await;
+        let turned_away = tower.ask(&echo("me too")).await;
+        assert_eq!(turned_away.status, 503, "{}", turned_away.body);
+        let busy = tower.ingle(&["models", "set", "echo", "max_tokens=1"]).await.fails_with(1);
+        assert!(busy.contains("another change is under way"), "{busy}");
+        running.rest().await.is_whole(&"hello ".repeat(40));
+    };
+    let (set, ()) = tokio::join!(setting, meanwhile);
+    assert!(set.err.contains("Waiting for 1 answers to end"), "{}", set.err);
+    assert!(set.ok().contains("finished its answers and was started anew"));
+    assert_ne!(tower.engine().await, engine);
+    assert_eq!(tower.ask(&echo("again")).await.text(), "again");
+    assert_eq!(tower.parameters("echo").await["kv_type"]["value"], "int8");
+}
