@@ -1,6 +1,7 @@
 //! Workers: what turns a request into an answer.
 
 mod child_engine;
+pub mod endpoint;
 pub mod engine_process;
 mod model_worker;
 
@@ -17,6 +18,7 @@ use ingle_protocol::wire::v1::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use endpoint::{EndpointOptions, EndpointWorker};
 pub use model_worker::{ModelWorker, WorkerOptions};
 
 /// Frames of one answer that may wait for their reader. When it is full the sequence pauses.
@@ -124,10 +126,14 @@ impl Workers {
         if self.draining.load(Ordering::Acquire) {
             return refused(RefusalKind::Draining, "this node is shutting down".into());
         }
-        let worker = self.all().into_iter().find(|worker| {
+        // Two endpoints can have the same model: then the less busy of those that are ready.
+        let load = |worker: &Arc<dyn Worker>| {
             let facts = worker.facts(NodeId::default());
-            facts.digest == Some(request.digest)
-        });
+            let busy = || worker.pulse(NodeId::default()).map_or(0, |pulse| pulse.running.saturating_add(pulse.waiting));
+            (facts.digest == Some(request.digest)).then(|| (facts.state != ModelState::Ready, busy()))
+        };
+        let able = self.all().into_iter().filter_map(|worker| Some((load(&worker)?, worker)));
+        let worker = able.min_by_key(|(load, _)| *load).map(|(_, worker)| worker);
         let Some(worker) = worker else {
             return refused(RefusalKind::UnknownModel, format!("this node does not have {}", request.model));
         };
@@ -179,8 +185,11 @@ fn shutting_down() -> Answer {
 
 /// An answer that is one refusal.
 fn refused(kind: RefusalKind, message: String) -> mpsc::Receiver<Answer> {
+    only_refusal(Refused { kind, message, param: None, retry_after_ms: kind.is_retryable().then_some(1_000) })
+}
+
+fn only_refusal(refusal: Refused) -> mpsc::Receiver<Answer> {
     let (answers, reader) = mpsc::channel(1);
-    let refusal = Refused { kind, message, param: None, retry_after_ms: kind.is_retryable().then_some(1_000) };
     // The channel is new and has room for one.
     let _ = answers.try_send(Answer::Refused(refusal));
     reader
