@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::worker::EndpointOptions;
+
 /// Which model a node runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelChoice {
@@ -165,6 +167,8 @@ pub struct NodeOptions {
     pub device: DeviceKind,
     /// What is set for the model.
     pub parameters: ModelParameters,
+    /// Servers elsewhere that answer for more models.
+    pub endpoints: Vec<EndpointOptions>,
     /// Where model files are kept; shared by all nodes of the machine.
     pub model_cache: PathBuf,
     /// Environment variables for the engine processes (how they log).

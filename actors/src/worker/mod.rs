@@ -129,7 +129,8 @@ impl Workers {
         // Two endpoints can have the same model: then the less busy of those that are ready.
         let load = |worker: &Arc<dyn Worker>| {
             let facts = worker.facts(NodeId::default());
-            let busy = || worker.pulse(NodeId::default()).map_or(0, |pulse| pulse.running.saturating_add(pulse.waiting));
+            let busy =
+                || worker.pulse(NodeId::default()).map_or(0, |pulse| pulse.running.saturating_add(pulse.waiting));
             (facts.digest == Some(request.digest)).then(|| (facts.state != ModelState::Ready, busy()))
         };
         let able = self.all().into_iter().filter_map(|worker| Some((load(&worker)?, worker)));

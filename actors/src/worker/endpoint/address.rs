@@ -106,7 +106,12 @@ mod tests {
             ("http://127.0.0.1:8080", "http://127.0.0.1:8080", "http://127.0.0.1:8080/v1/models", "127.0.0.1:8080"),
             ("http://127.0.0.1:8080/v1", "http://127.0.0.1:8080", "http://127.0.0.1:8080/v1/models", "127.0.0.1:8080"),
             ("http://box/v1/", "http://box", "http://box/v1/models", "box:80"),
-            ("https://far.example/api/v1", "https://far.example/api", "https://far.example/api/v1/models", "far.example:443"),
+            (
+                "https://far.example/api/v1",
+                "https://far.example/api",
+                "https://far.example/api/v1/models",
+                "far.example:443",
+            ),
             ("http://[::1]:1/", "http://[::1]:1", "http://[::1]:1/v1/models", "[::1]:1"),
         ] {
             let url: EndpointUrl = text.parse().unwrap();

@@ -246,7 +246,9 @@ mod tests {
             extras_of(&format!(
                 r#"{{"choices":[{{"delta":{{"content":null,"tool_calls":{tools},"refusal":null}},"stop_reason":7}}],"system_fingerprint":"b1"}}"#
             )),
-            format!(r#"{{"delta":{{"tool_calls":{tools}}},"choice":{{"stop_reason":7}},"chunk":{{"system_fingerprint":"b1"}}}}"#)
+            format!(
+                r#"{{"delta":{{"tool_calls":{tools}}},"choice":{{"stop_reason":7}},"chunk":{{"system_fingerprint":"b1"}}}}"#
+            )
         );
         let usage = r#"{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":99999999999,"total_tokens":1,"prompt_tokens_details":{"cached_tokens":4},"completion_tokens_details":{"reasoning_tokens":2}}}"#;
         let read = Chunk::parse(usage.as_bytes(), &mut Extras::default()).unwrap().usage;

@@ -70,19 +70,10 @@ pub struct EndpointOptions {
 }
 
 impl EndpointOptions {
-    /// The usual one at an address.
-    pub fn new(url: EndpointUrl) -> Self {
-        Self {
-            url,
-            model: None,
-            name: None,
-            key: None,
-            slots: None,
-            is_default: false,
-            first_token_timeout: Duration::from_secs(300),
-            silence_timeout: Duration::from_secs(120),
-        }
-    }
+    /// The usual [`Self::first_token_timeout`]: slow machines read long prompts for minutes, and say nothing.
+    pub const FIRST_TOKEN_TIMEOUT: Duration = Duration::from_secs(300);
+    /// The usual [`Self::silence_timeout`]: some servers hold a tool call back until it is complete.
+    pub const SILENCE_TIMEOUT: Duration = Duration::from_secs(120);
 }
 
 #[derive(Debug, Clone)]

@@ -194,7 +194,8 @@ mod tests {
             logprobs: Some(3),
             ..Sampling::default()
         };
-        let calls = r#"{"tool_calls":[{"id":"c1","type":"function","function":{"name":"f","arguments":"{\"b\": 1.0}"}}]}"#;
+        let calls =
+            r#"{"tool_calls":[{"id":"c1","type":"function","function":{"name":"f","arguments":"{\"b\": 1.0}"}}]}"#;
         let parts = r#"{"content":[{"type":"image_url","image_url":{"url":"data:,"}}]}"#;
         let messages = vec![
             message(Role::User, "", parts),

@@ -86,12 +86,12 @@ impl EventReader {
             if to - from > LONGEST {
                 return Err(TooLong);
             }
-            let from = if !std::mem::replace(&mut self.begun, true) && self.buffer[from..to].starts_with(b"\xef\xbb\xbf")
-            {
-                from + 3
-            } else {
-                from
-            };
+            let from =
+                if !std::mem::replace(&mut self.begun, true) && self.buffer[from..to].starts_with(b"\xef\xbb\xbf") {
+                    from + 3
+                } else {
+                    from
+                };
             if from == to {
                 if let Some(data) = self.take_data() {
                     return Ok(Some(data));

@@ -47,11 +47,6 @@ impl AnswerStream {
         }
     }
 
-    /// Tokens so far.
-    pub fn tokens(&self) -> u32 {
-        self.position
-    }
-
     /// `[DONE]` came.
     pub fn is_done(&self) -> bool {
         self.done
@@ -234,7 +229,8 @@ mod tests {
     #[test]
     fn tool_calls_and_their_finish_reason_pass_through() {
         let call = r#"{"tool_calls":[{"index":0,"id":"c","function":{"name":"f","arguments":""}}]}"#;
-        let end = r#"{"choices":[{"index":0,"delta":{},"stop_reason":9,"finish_reason":"tool_calls"}],"timings":{"n":1}}"#;
+        let end =
+            r#"{"choices":[{"index":0,"delta":{},"stop_reason":9,"finish_reason":"tool_calls"}],"timings":{"n":1}}"#;
         let (tokens, finished) = stream(&[&delta(call), end, "[DONE]"]);
         assert_eq!(tokens, [(String::new(), format!(r#"{{"delta":{call},"chunk":{{"system_fingerprint":"b1"}}}}"#))]);
         let finished = finished.unwrap();
@@ -258,7 +254,9 @@ mod tests {
         let (_, before) = stream(&[error]);
         assert!(matches!(before, Err(Trouble::Refused(refused)) if refused.kind == RefusalKind::InvalidField));
         let (_, behind) = stream(&[&delta(r#"{"content":"a"}"#), error]);
-        assert!(matches!(behind, Err(Trouble::Failed(FailureKind::EngineError, why)) if why.contains("no such grammar")));
+        assert!(
+            matches!(behind, Err(Trouble::Failed(FailureKind::EngineError, why)) if why.contains("no such grammar"))
+        );
         let (_, lie) = stream(&["<html>"]);
         assert!(matches!(lie, Err(Trouble::Failed(FailureKind::Protocol, why)) if why.contains("box:80")));
     }
