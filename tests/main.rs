@@ -7,6 +7,8 @@
 mod harness;
 
 mod a_client_that_leaves_frees_its_slot;
+mod a_far_server_answers_as_if_it_were_here;
+mod a_far_server_that_goes_and_comes_is_followed;
 mod a_guest_cannot_let_others_in;
 mod a_killed_engine_ends_its_answers_in_typed_errors_and_starts_again;
 mod a_killed_worker_node_is_reported_and_comes_back_by_itself;
@@ -27,6 +29,7 @@ mod nobody_without_a_certificate_gets_a_byte;
 mod nodes_find_each_other_by_mdns;
 mod one_request_has_one_trace_in_all_processes;
 mod the_openai_client_library_works;
+mod trouble_at_a_far_server_is_said_for_what_it_is;
 mod two_nodes_of_one_name_are_told;
 mod what_is_said_about_the_choice_of_tokens_holds_on_another_machine;
 mod what_was_acknowledged_survives_kill_9;

@@ -1,7 +1,11 @@
 //! The body of a chat completion request. What we have no field for is neither taken and ignored nor refused here:
 //! it travels to the engine as `extra`, and the engine honours it or refuses it by name.
 
+use std::cell::OnceCell;
+
+use ingle_actors::json::Members;
 use ingle_actors::protocol::wire::v1::{EXTRA_LIMIT, Message, Role, Sampling};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use super::ApiError;
@@ -43,18 +47,43 @@ pub fn parse(body: &[u8], random_seed: u64) -> Result<CompletionRequest, ApiErro
     if model.len() > LONGEST_NAME {
         return Err(ApiError::invalid("model", format!("`model` is longer than {LONGEST_NAME} bytes.")));
     }
-    let messages = messages(&mut fields)?;
+    let written = Written { body: text, messages: OnceCell::new() };
+    let messages = messages(&mut fields, &written)?;
     let sampling = sampling(&mut fields, random_seed)?;
     let stream = fields.flag("stream")?.unwrap_or(false);
     let include_usage = include_usage(&mut fields, stream)?;
     // Who asks changes nothing about the answer: it is for logs only. So are hints for somebody else's cache.
     let user = fields.text("user")?.or(fields.text("safety_identifier")?);
     fields.text("prompt_cache_key")?;
-    let extra = extra(without_no_ops(fields.rest()), "")?;
+    let extra = extra(without_no_ops(fields.rest()), "", || written.members())?;
     Ok(CompletionRequest { model, messages, sampling, stream, include_usage, user, extra })
 }
 
-fn messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
+/// The body as the client wrote it. What goes on as it is goes on byte for byte: the order of a schema's members and
+/// the form of its numbers can mean something to whoever gets it.
+struct Written<'a> {
+    body: &'a str,
+    /// Read only where they are needed.
+    messages: OnceCell<Vec<&'a RawValue>>,
+}
+
+impl<'a> Written<'a> {
+    /// Of the body itself, which was read as JSON before.
+    fn members(&self) -> Members<'a> {
+        Members::parse(self.body.as_bytes()).unwrap_or_default()
+    }
+
+    fn message(&self, index: usize) -> Members<'a> {
+        let messages = self.messages.get_or_init(|| {
+            let messages = self.members().get("messages").map_or("[]", RawValue::get);
+            serde_json::from_str(messages).unwrap_or_default()
+        });
+        let message = messages.get(index).map_or("{}", |message| message.get());
+        Members::parse(message.as_bytes()).unwrap_or_default()
+    }
+}
+
+fn messages(fields: &mut Fields, written: &Written<'_>) -> Result<Vec<Message>, ApiError> {
     let items = match fields.take("messages") {
         Some(Value::Array(items)) => items,
         Some(other) => return Err(wrong_type("messages", "an array", &other)),
@@ -63,10 +92,11 @@ fn messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
     if items.is_empty() {
         return Err(ApiError::invalid("messages", "`messages` is empty: write at least one message."));
     }
-    items.into_iter().enumerate().map(|(index, item)| message(item, format!("messages[{index}]"))).collect()
+    let message = |(index, item)| message(item, format!("messages[{index}]"), || written.message(index));
+    items.into_iter().enumerate().map(message).collect()
 }
 
-fn message(value: Value, path: String) -> Result<Message, ApiError> {
+fn message<'a>(value: Value, path: String, written: impl FnOnce() -> Members<'a>) -> Result<Message, ApiError> {
     let mut fields = Fields::new(value, path.clone())?;
     let role_path = fields.path_of("role");
     let role = match fields.text("role")?.as_deref() {
@@ -91,6 +121,12 @@ fn message(value: Value, path: String) -> Result<Message, ApiError> {
     });
     let content = match content {
         Some(Value::String(text)) => text,
+        Some(Value::Array(parts)) if parts.iter().any(is_no_text) => {
+            // Images and the like: only a worker knows whether its model can read them.
+            let text = text_of_parts(parts.iter().filter(|part| !is_no_text(part)).cloned().collect(), &content_path)?;
+            rest.insert("content".into(), Value::Array(parts));
+            text
+        }
         Some(Value::Array(parts)) => text_of_parts(parts, &content_path)?,
         Some(other) => return Err(wrong_type(content_path, "a string or an array of text parts", &other)),
         // An answer that consisted of tool calls has no text.
@@ -100,7 +136,12 @@ fn message(value: Value, path: String) -> Result<Message, ApiError> {
             return Err(ApiError::invalid(content_path, message));
         }
     };
-    Ok(Message { role, content, extra: extra(rest, &path)? })
+    Ok(Message { role, content, extra: extra(rest, &path, written)? })
+}
+
+/// A part of a message that says itself that it is none of text.
+fn is_no_text(part: &Value) -> bool {
+    part.get("type").and_then(Value::as_str).is_some_and(|kind| kind != "text")
 }
 
 /// The texts of all parts, a line break between them.
@@ -110,12 +151,7 @@ fn text_of_parts(parts: Vec<Value>, path: &str) -> Result<String, ApiError> {
         let mut fields = Fields::new(part, format!("{path}[{index}]"))?;
         let type_path = fields.path_of("type");
         match fields.text("type")?.as_deref() {
-            Some("text") => {}
-            Some(other) => {
-                let other: String = other.chars().take(80).collect();
-                let message = format!("`{type_path}` is `{other}`: only text parts are supported.");
-                return Err(ApiError::unsupported(type_path, message));
-            }
+            Some(_) => {}
             None => return Err(ApiError::invalid(type_path.clone(), format!("`{type_path}` is missing."))),
         }
         let text_path = fields.path_of("text");
@@ -194,15 +230,19 @@ fn equal(a: &Value, b: &Value) -> bool {
     }
 }
 
-/// What is left, as bytes. `path` is where the object stands; empty for the whole request.
-fn extra(rest: Map<String, Value>, path: &str) -> Result<Vec<u8>, ApiError> {
+/// What is left, as it was written. `path` is where the object stands; empty for the whole request.
+fn extra<'a>(rest: Map<String, Value>, path: &str, written: impl FnOnce() -> Members<'a>) -> Result<Vec<u8>, ApiError> {
     if rest.is_empty() {
         return Ok(vec![]);
     }
     let first = rest.keys().next().cloned().unwrap_or_default();
-    let bytes = serde_json::to_vec(&rest)
+    let mut members = written();
+    members.0.retain(|(name, _)| rest.contains_key(&**name));
+    let bytes = serde_json::to_vec(&members)
         .map_err(|error| ApiError::unreadable(format!("The request cannot be passed on: {error}.")))?;
-    if bytes.len() > EXTRA_LIMIT {
+    // An image is as long as it is: the limit of the whole body holds for it.
+    let has_parts = !path.is_empty() && rest.contains_key("content");
+    if bytes.len() > EXTRA_LIMIT && !has_parts {
         let first: String = first.chars().take(80).collect();
         let param = if path.is_empty() { first } else { format!("{path}.{first}") };
         let message = format!("`{param}` and the other less common fields are longer than {} KiB.", EXTRA_LIMIT >> 10);
