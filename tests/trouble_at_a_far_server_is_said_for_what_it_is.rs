@@ -104,8 +104,9 @@ async fn a_client_that_leaves_hangs_up_on_the_far_server() {
         // Before it has begun, and while the whole answer is awaited.
         for what in ["never", "slow"] {
             (asked, hung_up) = (asked + 1, hung_up + 1);
+            let question = far(what);
             tokio::select! {
-                answer = machine.ask(&far(what)) => panic!("it answers: {answer:?}"),
+                answer = machine.ask(&question) => panic!("it answers: {answer:?}"),
                 () = server.until_asked(asked) => {}
             }
             server.until_hung_up(hung_up).await;

@@ -283,7 +283,7 @@ impl Gateway {
     ) -> Result<Reply, GatewayError> {
         let mut inner = match &offer.link {
             None => self.workers.submit(request.clone()).await,
-            Some(link) => submit_remote(link, request).await.map_err(GatewayError::Refused)?,
+            Some(link) => submit_remote(link, request).await.map_err(GatewayError::Refused)?.into(),
         };
         let mut timeline = Timeline::new(began);
         let mut accepted: Option<Accepted> = None;

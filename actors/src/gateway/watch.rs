@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tokio::time::{timeout, timeout_at};
 
 use crate::monitor::{Latencies, Outcome, Timeline};
+use crate::worker::Answers;
 
 pub(super) fn broken() -> Answer {
     let message = "the worker gave up in the middle of the answer".to_owned();
@@ -59,12 +60,7 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    pub async fn run(
-        mut self,
-        first: Option<Answer>,
-        mut inner: mpsc::Receiver<Answer>,
-        answers: mpsc::Sender<Answer>,
-    ) {
+    pub async fn run(mut self, first: Option<Answer>, mut inner: Answers, answers: mpsc::Sender<Answer>) {
         let mut next = first;
         // The channel is new, so there is room.
         let Ok(last_word) = answers.clone().try_reserve_owned() else { return };

@@ -120,11 +120,11 @@ impl Workers {
     }
 
     /// Gives the request to the worker that has its content.
-    pub async fn submit(&self, request: Request) -> mpsc::Receiver<Answer> {
+    pub async fn submit(&self, request: Request) -> Answers {
         // Counted first and looked at second: a drain that begins in between waits for this request.
         let running = self.hold();
         if self.draining.load(Ordering::Acquire) {
-            return refused(RefusalKind::Draining, "this node is shutting down".into());
+            return refused(RefusalKind::Draining, "this node is shutting down".into()).into();
         }
         // Two endpoints can have the same model: then the less busy of those that are ready.
         let load = |worker: &Arc<dyn Worker>| {
@@ -134,31 +134,45 @@ impl Workers {
             (facts.digest == Some(request.digest)).then(|| (facts.state != ModelState::Ready, busy()))
         };
         let able = self.all().into_iter().filter_map(|worker| Some((load(&worker)?, worker)));
-        let worker = able.min_by_key(|(load, _)| *load).map(|(_, worker)| worker);
-        let Some(worker) = worker else {
-            return refused(RefusalKind::UnknownModel, format!("this node does not have {}", request.model));
+        let Some((_, worker)) = able.min_by_key(|(load, _)| *load) else {
+            let message = format!("this node does not have {}", request.model);
+            return refused(RefusalKind::UnknownModel, message).into();
         };
-        let mut inner = worker.submit(request).await;
-        // The count must outlive the answer, wherever the receiver goes.
-        let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
-        let cut_off = self.cut_off.clone();
-        tokio::spawn(async move {
-            let _running = running;
-            loop {
-                let answer = tokio::select! {
-                    biased;
-                    () = answers.closed() => return,
-                    () = cut_off.cancelled() => Some(shutting_down()),
-                    answer = inner.recv() => answer,
-                };
-                let Some(answer) = answer else { return };
-                let last = answer.is_last();
-                if answers.send(answer).await.is_err() || last {
-                    return;
-                }
+        let inner = worker.submit(request).await;
+        Answers { inner, held: Some((running, self.cut_off.clone())) }
+    }
+}
+
+/// Frames of one answer. Dropping it cancels the request.
+#[derive(Debug)]
+pub struct Answers {
+    inner: mpsc::Receiver<Answer>,
+    /// For a request of this node's own workers: that it runs, and what ends it when the node does.
+    held: Option<(Running, CancellationToken)>,
+}
+
+impl From<mpsc::Receiver<Answer>> for Answers {
+    fn from(inner: mpsc::Receiver<Answer>) -> Self {
+        Self { inner, held: None }
+    }
+}
+
+impl Answers {
+    /// The next frame; `None` behind the last one. Loses nothing where it is dropped before its end.
+    pub async fn recv(&mut self) -> Option<Answer> {
+        let Some((_, cut_off)) = &self.held else { return self.inner.recv().await };
+        let answer = tokio::select! {
+            biased;
+            () = cut_off.cancelled() => {
+                self.inner.close();
+                Some(shutting_down())
             }
-        });
-        reader
+            answer = self.inner.recv() => answer,
+        };
+        if answer.as_ref().is_none_or(Answer::is_last) {
+            self.held = None;
+        }
+        answer
     }
 }
 

@@ -12,6 +12,7 @@ mod request;
 mod sse;
 mod stream;
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,7 +33,7 @@ use self::exchange::{Exchange, Patience};
 use self::health::NotReady;
 use self::meter::Meter;
 use super::{ANSWER_BUFFER, Worker, Workers, only_refusal};
-use crate::models::ClientError;
+use crate::models::{ClientError, model_name};
 
 /// Requests that may be at one endpoint; most of them wait there.
 const MOST_REQUESTS: u32 = 1_024;
@@ -150,7 +151,8 @@ impl EndpointWorker {
     }
 
     fn name_in(&self, status: &Status) -> String {
-        let name = self.options.name.clone().or_else(|| status.model.clone());
+        let far = || status.model.as_deref().map(name_of);
+        let name = self.options.name.clone().or_else(far);
         name.unwrap_or_else(|| format!("endpoint {}", self.options.url.host_and_port()))
     }
 
@@ -176,17 +178,17 @@ impl EndpointWorker {
                 let ready = self.status().state == ModelState::Ready;
                 let pause = if ready { PROBE_INTERVAL } else { retry };
                 retry = if ready { FIRST_RETRY } else { (retry * 2).min(LAST_RETRY) };
+                let pausing = async {
+                    tokio::time::sleep(pause).await;
+                    // Requests that get on say it better than any question.
+                    while ready && self.meter.load() > 0 && self.meter.has_progress(PROBE_INTERVAL, Instant::now()) {
+                        tokio::time::sleep(PROBE_INTERVAL).await;
+                    }
+                };
                 tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
+                    () = pausing => {}
                     // What is known to be down is not asked more often because requests come.
                     () = self.trouble.notified(), if ready => {}
-                }
-                // Requests that get on say it better than any question.
-                while self.status().state == ModelState::Ready
-                    && self.meter.load() > 0
-                    && self.meter.has_progress(PROBE_INTERVAL, Instant::now())
-                {
-                    tokio::time::sleep(PROBE_INTERVAL).await;
                 }
             }
         };
@@ -320,6 +322,11 @@ impl Worker for EndpointWorker {
         let reader = self.start(&request).unwrap_or_else(only_refusal);
         std::future::ready(reader).boxed()
     }
+}
+
+/// The name here of a model that has none but the one there. llama.cpp calls a model by the path of its file.
+fn name_of(model: &str) -> String {
+    if model.ends_with(".gguf") { model_name(Path::new(model)) } else { model.to_owned() }
 }
 
 /// Stands for the content of a model that we do not see: two endpoints with the same model count as the same.
