@@ -169,7 +169,7 @@ mod tests {
         assert!((pulse.prefill_rate - 100.0).abs() < 0.1, "{pulse:?}");
         assert!((pulse.decode_rate - 10.0).abs() < 0.1, "{pulse:?}");
         assert!(pulse.tokens_per_second > 1.0, "{pulse:?}");
-        assert!(meter.has_progress(SECOND, at(1_600)) && !meter.has_progress(SECOND, at(1_800)));
+        assert!(meter.has_progress(SECOND, at(1_500)) && !meter.has_progress(SECOND, at(1_700)));
         drop((one, two));
         assert_eq!(counts(3_000), (0, 0, 3));
         assert_eq!(meter.pulse(engine, at(5_000)).tokens_per_second, 0.0);
