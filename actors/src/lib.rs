@@ -12,6 +12,7 @@
 //!  │       └── ControlActor           one per node, known to all peers: commands and signs of life
 //!  ├── ServiceActor "model"           model file → engine process → restart budget of its own
 //!  │   └─ engine process              `ingle engine`, its own process: dies alone
+//!  ├── ServiceActor "endpoint" …      one for each server elsewhere that answers: asks it how it is
 //!  └── ServiceActor "monitor"         what the workers are, told to the mesh
 //! ```
 //!
@@ -22,6 +23,7 @@ pub mod cluster;
 mod frames;
 pub mod gateway;
 pub mod identity;
+pub mod json;
 pub mod models;
 pub mod monitor;
 pub mod node;

@@ -111,6 +111,15 @@ pub struct Up {
     /// INGLE_DEVICE] [default: auto]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceKind>,
+    /// Answer with the model of a server elsewhere, too (Ollama, llama.cpp, vLLM, LM Studio …) [env: INGLE_ENDPOINT]
+    #[arg(long, value_name = "URL")]
+    pub endpoint: Option<String>,
+    /// Which of that server's models [env: INGLE_ENDPOINT_MODEL] [default: the only one]
+    #[arg(long, value_name = "NAME")]
+    pub endpoint_model: Option<String>,
+    /// The environment variable that has that server's key [env: INGLE_ENDPOINT_KEY_ENV]
+    #[arg(long, value_name = "VARIABLE")]
+    pub endpoint_key_env: Option<String>,
     /// Neither look for nodes on the local network nor be found there [env: INGLE_MDNS=false]
     #[arg(long)]
     pub no_mdns: bool,
@@ -264,6 +273,9 @@ impl Cli {
                 layer.name = up.name.clone();
                 layer.model = if up.no_model { Some("none".into()) } else { up.model.clone() };
                 layer.device = up.device;
+                layer.endpoint = up.endpoint.clone();
+                layer.endpoint_model = up.endpoint_model.clone();
+                layer.endpoint_key_env = up.endpoint_key_env.clone();
                 layer.mdns = up.no_mdns.then_some(false);
                 layer.drain_limit = up.drain_limit.clone();
             }

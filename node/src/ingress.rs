@@ -11,9 +11,9 @@ pub fn new_request_id() -> RequestId {
     RequestId(rand::random())
 }
 
-/// A seed for requests that bring none.
+/// A seed for requests that bring none: 63 bits, which every server that it may be passed on to takes.
 pub fn random_seed() -> u64 {
-    rand::random()
+    rand::random::<u64>() >> 1
 }
 
 /// A span of our own in the trace that a `traceparent` header names, or in a new trace where it names none that

@@ -8,8 +8,8 @@ pub mod ids;
 pub mod liveness;
 pub mod names;
 pub mod prefix;
-pub mod recovery;
 pub mod raw_json;
+pub mod recovery;
 pub mod routing;
 pub mod wire;
 

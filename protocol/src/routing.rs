@@ -108,6 +108,21 @@ fn measured(rate: f32, assumed: f32) -> f64 {
     f64::from(if rate.is_finite() && rate > 0.0 { rate } else { assumed })
 }
 
+/// An engine that has not measured itself and has nothing to do is taken to be as fast as the best: it must be tried to
+/// be known. With a request of ours on it, it waits for what that one shows.
+pub fn assume_unmeasured(candidates: &mut [Candidate]) {
+    let best =
+        |of: fn(&Candidate) -> f32| candidates.iter().map(of).filter(|rate| rate.is_finite()).fold(0.0, f32::max);
+    let (prefill, decode) = (best(|c| c.prefill_rate), best(|c| c.decode_rate));
+    for candidate in candidates.iter_mut().filter(|candidate| candidate.ahead() == 0) {
+        for (rate, best) in [(&mut candidate.prefill_rate, prefill), (&mut candidate.decode_rate, decode)] {
+            if *rate == 0.0 {
+                *rate = best;
+            }
+        }
+    }
+}
+
 /// Picks the candidate that is predicted to finish first; among near-equals the less loaded of two drawn by
 /// `random` (power of two choices), so that many gateways with the same news do not all run to one worker.
 /// `excluded` nodes were tried before. Returns an index into `candidates`.
@@ -189,6 +204,18 @@ mod tests {
         assert!((free.total_s() - 1.2).abs() < 1e-6, "{free:?}");
         let full = candidate(1, 100.0, 4).estimate(DEMAND);
         assert!((full.queue_s - 0.3).abs() < 1e-6, "a slot comes free in a quarter of the time: {full:?}");
+    }
+
+    #[test]
+    fn an_engine_that_nobody_knows_is_tried_by_one_request() {
+        let mut two = [candidate(1, 100.0, 0), candidate(2, 0.0, 0)];
+        assert_eq!(pick(&two, &[], DEMAND, 0), Some(0));
+        assume_unmeasured(&mut two);
+        assert_eq!((two[1].prefill_rate, two[1].decode_rate), (500.0, 100.0));
+        let mut tried = [candidate(1, 100.0, 0), candidate(2, 0.0, 0)];
+        tried[1].in_flight = 1;
+        assume_unmeasured(&mut tried);
+        assert_eq!(tried[1].decode_rate, 0.0);
     }
 
     #[test]

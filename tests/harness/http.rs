@@ -150,6 +150,8 @@ pub struct Streamed {
     pub tool_calls: Vec<Value>,
     /// Entries of `logprobs`, of all chunks.
     pub logprobs: Vec<Value>,
+    /// All chunks as they came.
+    pub chunks: Vec<Value>,
     /// The error event.
     pub error: Option<Value>,
     /// `[DONE]` came.
@@ -218,6 +220,7 @@ impl Streamed {
         }
         assert_eq!(chunk["object"], "chat.completion.chunk");
         assert_eq!(*self.id.get_or_insert_with(|| chunk["id"].clone()), chunk["id"], "all chunks have one id");
+        self.chunks.push(chunk.clone());
         match chunk["choices"].as_array().unwrap().as_slice() {
             [] => self.usage = Some(chunk["usage"].clone()),
             [choice] => {

@@ -98,6 +98,11 @@ impl Machine {
         self.wait_for_line("Ready: ", FETCH_DEADLINE).await;
     }
 
+    /// Waits until its model is ready.
+    pub async fn wait_for_ready(&mut self) {
+        self.wait_for_line("Ready: ", FETCH_DEADLINE).await;
+    }
+
     /// Starts the node and waits until it answers HTTP.
     pub async fn start(&mut self) {
         assert!(self.running.is_none(), "the node of {} runs already", self.name);

@@ -3,6 +3,7 @@
 //! Every wait has a deadline and says what it waited for. What a machine logged is shown where its test fails.
 //! Processes are looked up in `/proc`, so these tests need Linux.
 
+mod far_server;
 mod http;
 mod machine;
 mod process;
@@ -11,6 +12,7 @@ mod status;
 
 use std::time::Duration;
 
+pub use far_server::{FAR_MODEL, FarServer, far};
 pub use http::{Answer, Events, Streamed, client};
 pub use machine::Machine;
 pub use process::{Ran, finish, ingle, is_alive, kill, listening_ports, run};

@@ -72,7 +72,7 @@ impl Whole {
     }
 
     fn finished(&self) -> Finished {
-        let Answer::Finished(finished) = self.last else { panic!("{:?}", self.last) };
+        let Answer::Finished(finished) = self.last.clone() else { panic!("{:?}", self.last) };
         finished
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use ingle_protocol::admission::Limits;
 use ingle_protocol::liveness::Health;
 use ingle_protocol::names::near;
-use ingle_protocol::routing::{Candidate, Demand, pick};
+use ingle_protocol::routing::{Candidate, Demand, assume_unmeasured, pick};
 use ingle_protocol::wire::v1::ModelState;
 use ingle_protocol::{EngineId, ModelDigest};
 
@@ -152,21 +152,22 @@ pub(super) fn choose<'a>(
             continue;
         }
         let engine = engines.of(id);
-        let candidate = candidate(offer, id, &engine, wanted);
-        considered.push(Considered {
-            estimate: Some(candidate.estimate(wanted.demand)),
-            left_out: None,
-            in_flight: candidate.in_flight,
-            running: candidate.running,
-            waiting: candidate.waiting,
-            cached_tokens: candidate.cached_tokens,
-            prefill_rate: candidate.prefill_rate,
-            decode_rate: candidate.decode_rate,
-            ..left_out(String::new())
-        });
+        candidates.push(candidate(offer, id, &engine, wanted));
         able.push((offer, id, engine));
-        candidates.push(candidate);
     }
+    assume_unmeasured(&mut candidates);
+    considered.extend(able.iter().zip(&candidates).map(|((offer, ..), candidate)| Considered {
+        node: offer.node_name.clone(),
+        estimate: Some(candidate.estimate(wanted.demand)),
+        left_out: None,
+        in_flight: candidate.in_flight,
+        running: candidate.running,
+        waiting: candidate.waiting,
+        slots: candidate.slots,
+        cached_tokens: candidate.cached_tokens,
+        prefill_rate: candidate.prefill_rate,
+        decode_rate: candidate.decode_rate,
+    }));
     let nodes: Vec<_> = avoid.iter().map(|engine| engine.node).collect();
     let random = rand::random();
     let index =

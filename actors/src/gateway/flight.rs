@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ingle_protocol::EngineId;
 use ingle_protocol::recovery::{NextMove, Standing, is_fault_of_worker};
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Accepted, Failed, FailureKind, RefusalKind, Refused, Request};
+use ingle_protocol::wire::v1::{Accepted, Failed, FailureKind, NO_TOKEN_ID, RefusalKind, Refused, Request};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, sleep_until, timeout_at};
 
@@ -22,6 +22,7 @@ use super::journal::{Attempt as AttemptRecord, Considered, Record};
 use super::router::Router;
 use crate::cluster::submit_remote;
 use crate::monitor::Timeline;
+use crate::worker::Answers;
 
 /// How long a request waits for a worker that may come back, where no other is there.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -45,7 +46,7 @@ struct Attempt {
     node_name: String,
     engine: Arc<Engine>,
     place: Place,
-    answers: mpsc::Receiver<Answer>,
+    answers: Answers,
     suspicion: watch::Receiver<Option<String>>,
     any_token: bool,
 }
@@ -203,7 +204,7 @@ impl Flight {
                         Ok(Step::Alive)
                     }
                     Answer::Progress(_) => Ok(Step::Alive),
-                    Answer::Token(token) if token.position < delivered => {
+                    Answer::Token(token) if token.position < delivered && token.id != NO_TOKEN_ID => {
                         tracing::warn!(position = token.position, "a worker says a token again; it is left out");
                         Ok(Step::Alive)
                     }
@@ -213,7 +214,10 @@ impl Flight {
                             attempt.any_token = true;
                             attempt.engine.succeeded(&self.wanted.beginnings);
                         }
-                        self.request.resume.push(token.id);
+                        // A long piece of an endpoint's text comes in several frames of one position.
+                        if token.position >= delivered {
+                            self.request.resume.push(token.id);
+                        }
                         self.request.resume_text.extend_from_slice(&token.text);
                         if let Some(record) = self.record.lock().attempts.last_mut() {
                             record.tokens += 1;
@@ -364,7 +368,7 @@ impl Flight {
         let submitting = async {
             match &offer.link {
                 None => Ok(self.router.workers.submit(self.request.clone()).await),
-                Some(link) => submit_remote(link, &self.request).await,
+                Some(link) => submit_remote(link, &self.request).await.map(Answers::from),
             }
         };
         let answers = match at_most(self.deadline, submitting).await {
@@ -401,11 +405,11 @@ impl Flight {
 }
 
 /// An answer that is one frame.
-fn one(answer: Answer) -> mpsc::Receiver<Answer> {
+fn one(answer: Answer) -> Answers {
     let (sender, answers) = mpsc::channel(1);
     // The channel is new and has room for one.
     let _ = sender.try_send(answer);
-    answers
+    answers.into()
 }
 
 async fn at_most<T>(deadline: Instant, doing: impl Future<Output = T>) -> Option<T> {

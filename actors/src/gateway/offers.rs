@@ -35,10 +35,16 @@ impl Offer {
 }
 
 /// The name that `default` stands for: this node's own model, else the first default of the others, ready ones first.
+/// An endpoint's model that nobody made a default is one all the same where the cluster has no other model.
 pub(super) fn default_name(offers: &[Offer]) -> Option<String> {
-    offers
+    let default = offers
         .iter()
         .filter(|offer| offer.facts.is_default)
-        .min_by_key(|offer| (!offer.can_answer(), !offer.local, offer.node))
-        .map(|offer| offer.facts.name.clone())
+        .min_by_key(|offer| (!offer.can_answer(), !offer.local, offer.node));
+    let only = || {
+        let first = offers.first()?;
+        let alone = offers.iter().all(|other| other.facts.is_endpoint() && other.facts.name == first.facts.name);
+        alone.then_some(first)
+    };
+    default.or_else(only).map(|offer| offer.facts.name.clone())
 }

@@ -15,6 +15,12 @@ const MOST_REDIRECTS: usize = 5;
 #[error("the HTTPS client cannot start: {0}; check that this system has its CA certificates installed")]
 pub struct ClientError(String);
 
+impl ClientError {
+    pub(crate) fn new(why: impl Into<String>) -> Self {
+        Self(why.into())
+    }
+}
+
 /// A client for `base`. The system's certificates and proxies hold (no proxy where `base` is this machine).
 pub fn http_client(base: &Url) -> Result<reqwest::Client, ClientError> {
     // reqwest is built without a provider of its own. An error means that one is installed: just as well.
@@ -52,13 +58,13 @@ pub(super) fn is_allowed(url: &Url) -> bool {
     url.scheme() == "https" || (url.scheme() == "http" && is_loopback(url))
 }
 
-fn is_loopback(url: &Url) -> bool {
+pub(crate) fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 /// The error with all its causes in one line, without the address (who reports it knows that).
-pub(super) fn in_words(error: &reqwest::Error) -> String {
+pub(crate) fn in_words(error: &reqwest::Error) -> String {
     let mut words = match (error.is_timeout(), error.is_connect(), error.is_redirect()) {
         (true, _, _) => "timed out".to_owned(),
         (_, true, _) => "cannot connect".to_owned(),

@@ -19,6 +19,7 @@ mod wheel;
 
 pub use catalog::{CatalogModel, SourceSpec, default_model};
 pub use client::{ClientError, http_client};
+pub(crate) use client::{in_words, is_loopback};
 pub use find::{FindError, FoundModel, find_model};
 pub use hash::{LocalFileError, LocalModel, model_name};
 pub use pypi::PipProgram;

@@ -180,7 +180,7 @@ mod tests {
     fn an_answer_is_measured_from_its_frames() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        let token = || Answer::Token(Token { position: 0, id: 1, text: vec![], logprobs: None });
+        let token = || Answer::Token(Token { position: 0, id: 1, text: vec![], logprobs: None, extra: vec![] });
         let latencies = Latencies::default();
         let mut timeline = Timeline::new(at(0));
         timeline.observe(&Answer::Progress(Progress::Queued { ahead: 1 }), at(100));

@@ -30,10 +30,11 @@ pub use setting::{set_offline, show_offline};
 use crate::cluster::{self, Mesh, MeshOptions};
 use crate::gateway::{ChatRequest, Gateway, GatewayError, OfferedModel, Reply, RequestRecord};
 use crate::identity::Identity;
+use crate::models::ClientError;
 use crate::monitor::ClusterStatus;
 use crate::platform::{FileLock, create_private_dir, hardware};
 use crate::supervisor::{Service, Supervision};
-use crate::worker::{ModelWorker, WorkerOptions, Workers};
+use crate::worker::{EndpointWorker, ModelWorker, WorkerOptions, Workers};
 use joining::{join_cluster, mint};
 use state_dir::{check_model_file, load_or_found, open_state_dir, quic_error, state_dir_error};
 
@@ -44,6 +45,7 @@ pub struct Node {
     mesh: Arc<ArcSwapOption<Mesh>>,
     workers: Arc<Workers>,
     model: Option<Arc<ModelWorker>>,
+    endpoints: Vec<Arc<EndpointWorker>>,
     gateway: Gateway,
     supervision: Supervision,
     /// Wakes the cluster service after a new identity was stored.
@@ -81,6 +83,14 @@ impl Node {
             }
             None => None,
         };
+        // The node's own engine is number 0.
+        let endpoints = (1..).zip(&options.endpoints).map(|(index, endpoint)| {
+            let worker = EndpointWorker::new(endpoint.clone(), index, workers.clone())?;
+            workers.add(worker.clone());
+            Ok(worker)
+        });
+        let endpoints: Vec<Arc<EndpointWorker>> =
+            endpoints.collect::<Result<_, ClientError>>().map_err(|error| StartError::Other(error.to_string()))?;
         create_private_dir(&options.state_dir.join("run"))
             .map_err(|error| state_dir_error(&options.state_dir, &error))?;
 
@@ -98,6 +108,10 @@ impl Node {
             let worker = worker.clone();
             services.push(Service::new("model", move |cancel| worker.clone().run(cancel)));
         }
+        for worker in &endpoints {
+            let worker = worker.clone();
+            services.push(Service::new("endpoint", move |cancel| worker.clone().run(cancel)));
+        }
         let supervision = Supervision::start(services).await.map_err(StartError::Other)?;
         let ready = tokio::time::timeout(START_DEADLINE, started.wait_for(|starts| *starts > 0)).await;
         if !ready.is_ok_and(|started| started.is_ok()) {
@@ -113,6 +127,7 @@ impl Node {
             mesh,
             workers,
             model,
+            endpoints,
             gateway,
             supervision,
             rejoin,
@@ -151,6 +166,7 @@ impl Node {
         status.waiting = self.gateway.waiting();
         status.problems = self.supervision.problems.list();
         status.problems.extend(self.model.as_ref().and_then(|model| model.problem()));
+        status.problems.extend(self.endpoints.iter().filter_map(|endpoint| endpoint.problem()));
         Ok(status)
     }
 
@@ -190,8 +206,14 @@ impl Node {
         self.model.as_ref().map(|model| model.states())
     }
 
+    /// The endpoints of this node.
+    pub fn endpoints(&self) -> &[Arc<EndpointWorker>] {
+        &self.endpoints
+    }
+
     /// Name of this node's own model and what it runs on, as far as is known.
     pub fn own_model(&self) -> Option<(String, String)> {
+        self.model.as_ref()?;
         let facts = self.workers.facts(NodeId::default()).into_iter().next()?;
         Some((facts.name, facts.backend))
     }

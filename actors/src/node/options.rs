@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::gateway::AdmissionOptions;
 use super::parameters::GivenParameters;
+use crate::gateway::AdmissionOptions;
+use crate::worker::EndpointOptions;
 
 /// Which model a node runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,6 +87,8 @@ pub struct NodeOptions {
     pub parameters: GivenParameters,
     /// Bounds of what may wait for the workers.
     pub admission: AdmissionOptions,
+    /// Servers elsewhere that answer for more models.
+    pub endpoints: Vec<EndpointOptions>,
     /// Where model files are kept; shared by all nodes of the machine.
     pub model_cache: PathBuf,
     /// Environment variables for the engine processes (how they log).

@@ -1,6 +1,7 @@
 //! Workers: what turns a request into an answer.
 
 mod child_engine;
+pub mod endpoint;
 mod engine_change;
 mod engine_life;
 pub mod engine_process;
@@ -16,11 +17,12 @@ use futures_util::future::BoxFuture;
 use ingle_protocol::NodeId;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v1::{
-    EnginePulse, Failed, FailureKind, ModelFacts, ModelState, RefusalKind, Refused, Request,
+    EnginePulse, Failed, FailureKind, Load, ModelFacts, ModelState, RefusalKind, Refused, Request,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use endpoint::{EndpointOptions, EndpointWorker};
 pub use model_worker::{ModelWorker, WorkerOptions, model_name_of};
 pub use order::{ChangeRequest, Said};
 
@@ -163,40 +165,60 @@ impl Workers {
     }
 
     /// Gives the request to the worker that has its content.
-    pub async fn submit(&self, request: Request) -> mpsc::Receiver<Answer> {
+    pub async fn submit(&self, request: Request) -> Answers {
         // Counted first and looked at second: a drain that begins in between waits for this request.
         let running = Running::one_more(&self.running);
         if self.draining.load(Ordering::Acquire) {
-            return refused(RefusalKind::Draining, "this node is shutting down".into());
+            return refused(RefusalKind::Draining, "this node is shutting down".into()).into();
         }
-        let worker = self.all().into_iter().find(|worker| {
+        // Two endpoints can have the same model: then the less busy of those that are ready.
+        let load = |worker: &Arc<dyn Worker>| {
             let facts = worker.facts(NodeId::default());
-            facts.digest == Some(request.digest)
-        });
-        let Some(worker) = worker else {
-            return refused(RefusalKind::UnknownModel, format!("this node does not have {}", request.model));
+            let work = |load: Load| load.running.saturating_add(load.waiting);
+            let busy = || worker.pulse(NodeId::default()).map_or(0, |pulse| work(pulse.load));
+            (facts.digest == Some(request.digest)).then(|| (facts.state != ModelState::Ready, busy()))
         };
-        let mut inner = worker.submit(request).await;
-        // The count must outlive the answer, wherever the receiver goes.
-        let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
+        let able = self.all().into_iter().filter_map(|worker| Some((load(&worker)?, worker)));
+        let Some((_, worker)) = able.min_by_key(|(load, _)| *load) else {
+            let message = format!("this node does not have {}", request.model);
+            return refused(RefusalKind::UnknownModel, message).into();
+        };
+        let inner = worker.submit(request).await;
         let cut_off = self.cut_off.read().unwrap_or_else(PoisonError::into_inner).clone();
-        tokio::spawn(async move {
-            let _running = running;
-            loop {
-                let answer = tokio::select! {
-                    biased;
-                    () = answers.closed() => return,
-                    () = cut_off.cancelled() => Some(shutting_down()),
-                    answer = inner.recv() => answer,
-                };
-                let Some(answer) = answer else { return };
-                let last = answer.is_last();
-                if answers.send(answer).await.is_err() || last {
-                    return;
-                }
+        Answers { inner, held: Some((running, cut_off)) }
+    }
+}
+
+/// Frames of one answer. Dropping it cancels the request.
+#[derive(Debug)]
+pub struct Answers {
+    inner: mpsc::Receiver<Answer>,
+    /// For a request of this node's own workers: that it runs, and what ends it when the node does.
+    held: Option<(Running, CancellationToken)>,
+}
+
+impl From<mpsc::Receiver<Answer>> for Answers {
+    fn from(inner: mpsc::Receiver<Answer>) -> Self {
+        Self { inner, held: None }
+    }
+}
+
+impl Answers {
+    /// The next frame; `None` behind the last one. Loses nothing where it is dropped before its end.
+    pub async fn recv(&mut self) -> Option<Answer> {
+        let Some((_, cut_off)) = &self.held else { return self.inner.recv().await };
+        let answer = tokio::select! {
+            biased;
+            () = cut_off.cancelled() => {
+                self.inner.close();
+                Some(shutting_down())
             }
-        });
-        reader
+            answer = self.inner.recv() => answer,
+        };
+        if answer.as_ref().is_none_or(Answer::is_last) {
+            self.held = None;
+        }
+        answer
     }
 }
 
@@ -224,8 +246,11 @@ fn shutting_down() -> Answer {
 
 /// An answer that is one refusal.
 fn refused(kind: RefusalKind, message: String) -> mpsc::Receiver<Answer> {
+    only_refusal(Refused { kind, message, param: None, retry_after_ms: kind.is_retryable().then_some(1_000) })
+}
+
+fn only_refusal(refusal: Refused) -> mpsc::Receiver<Answer> {
     let (answers, reader) = mpsc::channel(1);
-    let refusal = Refused { kind, message, param: None, retry_after_ms: kind.is_retryable().then_some(1_000) };
     // The channel is new and has room for one.
     let _ = answers.try_send(Answer::Refused(refusal));
     reader

@@ -11,10 +11,11 @@ use ingle_actors::node::{DeviceKind, ModelChoice, NodeOptions};
 use ingle_actors::platform::{EndSignals, graphics_cards, raise_open_files_limit};
 use ingle_actors::protocol::liveness::Health;
 use ingle_actors::protocol::wire::v1::ModelState;
+use ingle_actors::worker::EndpointWorker;
 use tokio::sync::Semaphore;
 
 use super::progress::Progress;
-use crate::config::{Listen, Settings, is_loopback};
+use crate::config::{Listen, Settings, endpoints, is_loopback};
 use crate::control::ControlServer;
 use crate::exit::UsageError;
 use crate::http::{self, App, Guard, Server, bind, routes};
@@ -32,10 +33,12 @@ pub async fn run(settings: Settings) -> anyhow::Result<()> {
     let quic = resolve("QUIC", &settings.quic).await?;
     refuse_beyond_loopback(http)?;
     refuse_missing_model(&settings)?;
+    let endpoints = endpoints::options(&settings.endpoints, |name| std::env::var_os(name))?;
     let listener = bind(http).await?;
     let http = listener.local_addr().context("The HTTP socket has no address")?;
 
-    let start = Box::pin(Node::start(node_options(&settings, http, quic)));
+    let options = NodeOptions { endpoints, ..node_options(&settings, http, quic) };
+    let start = Box::pin(Node::start(options));
     let node = tokio::select! {
         started = start => Arc::new(started?),
         () = signals.next() => return Ok(()),
@@ -129,6 +132,7 @@ fn node_options(settings: &Settings, http: SocketAddr, quic: SocketAddr) -> Node
         device: settings.device,
         parameters: settings.parameters.clone(),
         admission: settings.admission,
+        endpoints: Vec::new(),
         model_cache: settings.model_cache.clone(),
         engine_environment: settings.log.environment(),
     }
@@ -161,11 +165,48 @@ fn refuse_missing_model(settings: &Settings) -> Result<(), UsageError> {
     }
 }
 
-/// Tells people how the model is until it is there, and whenever that changes. Ends where the node is of no use to
-/// anybody, with the reason.
+/// Tells people how the models are until they are there, and whenever that changes. Ends where the node is of no use
+/// to anybody, with the reason.
 async fn tell(node: Arc<Node>, http: SocketAddr, state_dir_flag: String) -> String {
+    let endpoints = node.endpoints().iter().enumerate().map(|(index, endpoint)| {
+        // The lines to copy stand there once.
+        let first = index == 0 && node.model_state().is_none();
+        tell_of_endpoint(&node, endpoint, first.then_some((http, state_dir_flag.as_str())))
+    });
+    tokio::select! {
+        why = tell_of_model(&node, http, &state_dir_flag) => why,
+        _ = futures_util::future::join_all(endpoints), if !node.endpoints().is_empty() => std::future::pending().await,
+    }
+}
+
+/// An endpoint that is not there may come: a node with nothing else waits for it.
+async fn tell_of_endpoint(node: &Node, endpoint: &EndpointWorker, ready: Option<(SocketAddr, &str)>) {
+    let mut states = endpoint.states();
+    let mut was_ready = false;
+    loop {
+        let state = states.borrow_and_update().clone();
+        let (name, backend) = (endpoint.name(), endpoint.backend());
+        match (&state, ready) {
+            (ModelState::Ready, Some((http, state_dir_flag))) if !was_ready => {
+                let is_default = is_default(node, &name);
+                say(&ready_lines(http, Some(OwnModel { name, backend, is_default }), state_dir_flag));
+            }
+            (ModelState::Ready, _) => say(&format!("Also ready: {name} on {backend}")),
+            (ModelState::Failed { why }, _) => complain(&format!("{name} on {backend} does not answer: {why}")),
+            _ => {}
+        }
+        was_ready |= state == ModelState::Ready;
+        if states.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}
+
+async fn tell_of_model(node: &Node, http: SocketAddr, state_dir_flag: &str) -> String {
     let Some(mut states) = node.model_state() else {
-        say(&ready_lines(http, None, &state_dir_flag));
+        if node.endpoints().is_empty() {
+            say(&ready_lines(http, None, state_dir_flag));
+        }
         return std::future::pending().await;
     };
     let mut progress = Progress::new();
@@ -177,10 +218,10 @@ async fn tell(node: Arc<Node>, http: SocketAddr, state_dir_flag: String) -> Stri
             ModelState::Ready if was_ready => complain("The model answers again."),
             ModelState::Ready => {
                 was_ready = true;
-                say(&ready_lines(http, own_model(&node), &state_dir_flag));
+                say(&ready_lines(http, own_model(node), state_dir_flag));
             }
             ModelState::Failed { why } => {
-                if !was_ready && !has_company(&node).await {
+                if !was_ready && node.endpoints().is_empty() && !has_company(node).await {
                     return why.clone();
                 }
                 complain(&format!("The model does not run: {why}"));
@@ -220,8 +261,12 @@ struct OwnModel {
 
 fn own_model(node: &Node) -> Option<OwnModel> {
     let (name, backend) = node.own_model()?;
-    let is_default = node.models().iter().any(|model| model.name == name && model.is_default);
+    let is_default = is_default(node, &name);
     Some(OwnModel { name, backend, is_default })
+}
+
+fn is_default(node: &Node, name: &str) -> bool {
+    node.models().iter().any(|model| model.name == name && model.is_default)
 }
 
 /// `model` is `None` for a node without one.

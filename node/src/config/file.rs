@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ingle_actors::gateway::AdmissionOptions;
 use ingle_actors::node::{DeviceKind, GivenParameters};
+use ingle_actors::worker::EndpointOptions;
 use serde::Deserialize;
 
 use crate::logging::{DEFAULT_FILTER, LogFormat};
@@ -25,6 +26,8 @@ pub struct ConfigFile {
     pub model: ModelPart,
     /// What may wait for the workers.
     pub admission: AdmissionPart,
+    /// Servers elsewhere that answer for more models.
+    pub endpoints: Vec<EndpointPart>,
     /// Logs.
     pub log: LogPart,
 }
@@ -140,6 +143,55 @@ impl Default for AdmissionPart {
     fn default() -> Self {
         let AdmissionOptions { queue_time, queued, quota_per_minute } = AdmissionOptions::default();
         Self { queue_time, queue_requests: queued, tokens_per_minute: quota_per_minute }
+    }
+}
+
+/// A server elsewhere.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EndpointPart {
+    /// Where it is, with or without `/v1`.
+    pub url: String,
+    /// The model's name there; the only one that there is where missing.
+    pub model: Option<String>,
+    /// The model's name here; the far side's where missing.
+    pub name: Option<String>,
+    /// The environment variable that has the key.
+    pub api_key_env: Option<String>,
+    /// Answers that it writes at once; asked for where missing.
+    pub slots: Option<u32>,
+    /// It answers requests that name no model.
+    #[serde(default)]
+    pub default: bool,
+    /// How long it may be silent until the first token.
+    #[serde(default = "first_token_timeout", deserialize_with = "crate::duration::deserialize")]
+    pub first_token_timeout: Duration,
+    /// How long it may be silent between two pieces of an answer.
+    #[serde(default = "silence_timeout", deserialize_with = "crate::duration::deserialize")]
+    pub silence_timeout: Duration,
+}
+
+fn first_token_timeout() -> Duration {
+    EndpointOptions::FIRST_TOKEN_TIMEOUT
+}
+
+fn silence_timeout() -> Duration {
+    EndpointOptions::SILENCE_TIMEOUT
+}
+
+impl EndpointPart {
+    /// The usual one at an address.
+    pub fn new(url: String) -> Self {
+        Self {
+            url,
+            model: None,
+            name: None,
+            api_key_env: None,
+            slots: None,
+            default: false,
+            first_token_timeout: first_token_timeout(),
+            silence_timeout: silence_timeout(),
+        }
     }
 }
 

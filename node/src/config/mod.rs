@@ -1,6 +1,7 @@
 //! Settings: flag > environment > file > default.
 
 mod address;
+pub mod endpoints;
 mod file;
 #[cfg(test)]
 mod tests;
@@ -16,7 +17,7 @@ use ingle_actors::gateway::AdmissionOptions;
 use ingle_actors::node::{DeviceKind, GivenParameters, ModelChoice, ModelParameters};
 
 pub use address::{Listen, is_loopback};
-pub use file::ConfigFile;
+pub use file::{ConfigFile, EndpointPart};
 
 use crate::duration;
 use crate::exit::UsageError;
@@ -45,6 +46,12 @@ pub struct Layer {
     pub model: Option<String>,
     /// What the model computes on.
     pub device: Option<DeviceKind>,
+    /// A server elsewhere, instead of those in the file.
+    pub endpoint: Option<String>,
+    /// Its model's name there.
+    pub endpoint_model: Option<String>,
+    /// The variable that has its key.
+    pub endpoint_key_env: Option<String>,
     /// Where model files are kept.
     pub model_cache: Option<PathBuf>,
     /// Discovery on the local network.
@@ -81,6 +88,9 @@ impl Layer {
             .transpose()?;
         Ok(Self {
             device,
+            endpoint: text("INGLE_ENDPOINT")?,
+            endpoint_model: text("INGLE_ENDPOINT_MODEL")?,
+            endpoint_key_env: text("INGLE_ENDPOINT_KEY_ENV")?,
             state_dir: path("INGLE_STATE_DIR"),
             config: path("INGLE_CONFIG"),
             name: text("INGLE_NAME")?,
@@ -108,6 +118,9 @@ impl Layer {
             quic: self.quic.or(below.quic),
             model: self.model.or(below.model),
             device: self.device.or(below.device),
+            endpoint: self.endpoint.or(below.endpoint),
+            endpoint_model: self.endpoint_model.or(below.endpoint_model),
+            endpoint_key_env: self.endpoint_key_env.or(below.endpoint_key_env),
             model_cache: self.model_cache.or(below.model_cache),
             mdns: self.mdns.or(below.mdns),
             peers: self.peers.or(below.peers),
@@ -135,6 +148,8 @@ pub struct Settings {
     pub device: DeviceKind,
     /// What the file gives for the model.
     pub parameters: GivenParameters,
+    /// Servers elsewhere that answer for more models.
+    pub endpoints: Vec<EndpointPart>,
     /// Where model files are kept, absolute.
     pub model_cache: PathBuf,
     /// Discovery on the local network.
@@ -240,6 +255,8 @@ impl Settings {
         if let Err(problem) = file.model.parameters.over(ModelParameters::default()) {
             return Err(UsageError(format!("[model.parameters] {problem}.")));
         }
+        let flags = (layer.endpoint, layer.endpoint_model, layer.endpoint_key_env);
+        let endpoints = endpoints::choose(flags, file.endpoints)?;
         Ok(Self {
             state_dir: absolute(state_dir)?,
             name,
@@ -248,6 +265,7 @@ impl Settings {
             model,
             device: layer.device.unwrap_or(file.model.device),
             parameters: file.model.parameters,
+            endpoints,
             model_cache: absolute(model_cache)?,
             mdns: layer.mdns.unwrap_or(file.cluster.mdns),
             peers: layer.peers.unwrap_or(file.cluster.peers),

@@ -89,6 +89,12 @@ fn every_shipped_config_parses_and_the_commented_one_says_all_defaults() {
                 text.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line)).collect::<Vec<_>>().join("\n");
             let all = parse(path, &uncommented).unwrap();
             assert!(all.node.name.is_some() && all.node.state_dir.is_some() && all.model.cache.is_some());
+            let [endpoint] = all.endpoints.try_into().unwrap();
+            let usual = EndpointPart::new(endpoint.url.clone());
+            assert_eq!(
+                (endpoint.first_token_timeout, endpoint.silence_timeout, endpoint.default),
+                (usual.first_token_timeout, usual.silence_timeout, usual.default)
+            );
         }
     }
 }

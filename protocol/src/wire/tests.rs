@@ -131,11 +131,13 @@ fn samples() -> Vec<(&'static str, Frame)> {
             id: 49_151,
             text: "🔥".as_bytes().to_vec(),
             logprobs: Some(Logprobs { chosen: logprob(49_151, -0.5), top: vec![logprob(7, -0.25)] }),
+            extra: br#"{"delta":{"x":1}}"#.to_vec(),
         }),
         sample(Finished {
             reason: FinishReason::Length,
             usage: Usage { prompt_tokens: 1500, cached_tokens: 1024, completion_tokens: 16 },
             load: load(),
+            extra: br#"{"chunk":{"y":2}}"#.to_vec(),
         }),
         sample(Failed { kind: FailureKind::EngineDied, message: "killed".into(), retryable: false, migratable: true }),
         sample(Pulse { sequence: 12, engines: vec![engine_pulse()] }),
@@ -236,7 +238,7 @@ fn trailing_bytes_and_other_kinds_are_refused() {
 
 #[test]
 fn a_body_over_its_limit_is_not_sent() {
-    let token = Token { position: 0, id: 0, text: vec![b'x'; 70_000], logprobs: None };
+    let token = Token { position: 0, id: 0, text: vec![b'x'; 330_000], logprobs: None, extra: vec![] };
     assert!(matches!(encode(&token), Err(WireError::TooLong { .. })));
 }
 
@@ -245,7 +247,7 @@ fn a_token_with_all_that_may_come_with_it_fits() {
     let longest = Logprob { id: u32::MAX, logprob: -1.0, bytes: vec![b'x'; LOGPROB_BYTES_LIMIT] };
     let top = vec![longest.clone(); usize::from(TOP_LOGPROBS_LIMIT)];
     let logprobs = Some(Logprobs { chosen: longest, top });
-    let token = Token { position: 0, id: 0, text: vec![b'x'; 32 << 10], logprobs };
+    let token = Token { position: 0, id: 0, text: vec![b'x'; 32 << 10], logprobs, extra: vec![b'x'; EXTRA_LIMIT] };
     assert!(encode(&token).is_ok());
 }
 

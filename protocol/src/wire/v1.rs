@@ -21,7 +21,7 @@ const MIB: u32 = 1 << 20;
 pub const DECODE_LIMIT: usize = 20 << 20;
 /// The most bytes of an unknown, skippable frame.
 pub const SKIPPED_LIMIT: u32 = 64 * KIB;
-/// The most bytes of a request's `extra`.
+/// The most bytes of the `extra` of a request, a token or an end.
 pub const EXTRA_LIMIT: usize = 256 << 10;
 
 macro_rules! frames {
@@ -52,8 +52,8 @@ frames! {
     0x11 Accepted at_most 4 * KIB;
     0x12 Refused at_most 16 * KIB;
     0x13 Progress at_most KIB;
-    0x14 Token at_most 64 * KIB;
-    0x15 Finished at_most 4 * KIB;
+    0x14 Token at_most 320 * KIB;
+    0x15 Finished at_most 320 * KIB;
     0x16 Failed at_most 16 * KIB;
     0x20 Pulse at_most 64 * KIB;
     0x30 JoinRequest at_most 16 * KIB;
@@ -255,14 +255,20 @@ pub enum Progress {
 pub struct Token {
     /// Its place in the answer; the first is 0. A resumed answer goes on counting.
     pub position: u32,
-    /// The token.
+    /// The token; [`NO_TOKEN_ID`] where its worker does not know.
     pub id: u32,
     /// The text that it releases: whole UTF-8 characters, possibly none (held back for a character or a stop
     /// text that may be coming), possibly more than its own.
     pub text: Vec<u8>,
     /// Where the request asks for them; `None` also for a token that ended the answer and has no text in it.
     pub logprobs: Option<Logprobs>,
+    /// What else an endpoint said with it and no field here has: [`Finished::extra`] says how. Empty for nothing.
+    pub extra: Vec<u8>,
 }
+
+/// The id of a token whose worker knows no ids (an endpoint passes texts on). Such an answer cannot be resumed by
+/// its ids.
+pub const NO_TOKEN_ID: u32 = u32::MAX;
 
 /// Why an answer is at its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -286,14 +292,19 @@ pub struct Usage {
 }
 
 /// The last frame of an answer that went well.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finished {
-    /// Why it ended.
+    /// Why it ended; where `extra` knows it better, the nearest that there is.
     pub reason: FinishReason,
     /// What it cost.
     pub usage: Usage,
     /// The engine's work that is left.
     pub load: Load,
+    /// What else an endpoint said and no field here has: a JSON object with the objects `delta`, `choice`, `usage` and
+    /// `chunk`, each where it has members. They stand beside the members that the dialect writes there anyway, or
+    /// instead of those of the same name. `chunk` holds for this frame and all behind it, until another frame of the
+    /// answer says it anew. Empty for nothing; at most [`EXTRA_LIMIT`] bytes.
+    pub extra: Vec<u8>,
 }
 
 /// What went wrong.
@@ -397,6 +408,16 @@ impl ModelState {
             Self::Unloaded => "unloaded".into(),
             Self::Failed { why } => format!("failed ({why})"),
         }
+    }
+}
+
+/// What the numerics class of an endpoint's model begins with: nobody here knows what computes there.
+pub const ENDPOINT_NUMERICS: &str = "endpoint-";
+
+impl ModelFacts {
+    /// A server elsewhere answers for it.
+    pub fn is_endpoint(&self) -> bool {
+        self.numerics.starts_with(ENDPOINT_NUMERICS)
     }
 }
 

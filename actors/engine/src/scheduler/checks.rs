@@ -136,7 +136,13 @@ fn refuse_unknown(
         None => Ok(()),
         Some((name, _)) => {
             let param = format!("{prefix}{name}");
-            let message = format!("'{param}' is not supported by this model's engine");
+            let message = match name.as_str() {
+                // What is no text stands here, a message's own text does not.
+                "content" if !prefix.is_empty() => {
+                    format!("'{param}' has parts that are no text, which this model cannot read")
+                }
+                _ => format!("'{param}' is not supported by this model's engine"),
+            };
             Err(refuse(RefusalKind::UnsupportedField, Some(&param), message))
         }
     }

@@ -144,7 +144,7 @@ impl Sequence {
             }
         }
         let logprobs = likelihood.filter(|_| !ends).map(|likelihood| in_words(id, likelihood, codec));
-        self.output.send(Answer::Token(Token { position, id, text: piece.text, logprobs }));
+        self.output.send(Answer::Token(Token { position, id, text: piece.text, logprobs, extra: Vec::new() }));
         end.map(End::Finished)
     }
 
@@ -176,7 +176,9 @@ impl Sequence {
         let usage =
             Usage { prompt_tokens: self.prompt, cached_tokens: self.cached, completion_tokens: self.generated() };
         match end {
-            End::Finished(reason) => self.output.end(Answer::Finished(Finished { reason, usage, load })),
+            End::Finished(reason) => {
+                self.output.end(Answer::Finished(Finished { reason, usage, load, extra: Vec::new() }))
+            }
             End::Failed(kind, message) => {
                 let goes_on = matches!(kind, FailureKind::EngineError | FailureKind::ShuttingDown);
                 let retryable = goes_on && self.generated() == 0;

@@ -125,7 +125,7 @@ impl Whole {
     }
 
     fn finished(&self) -> Finished {
-        match self.last {
+        match self.last.clone() {
             Some(Answer::Finished(finished)) => finished,
             _ => panic!("not finished: {:?}", self.last),
         }

@@ -9,11 +9,13 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::Response;
 use ingle_actors::gateway::{ChatRequest, Reply};
 use ingle_actors::protocol::wire::Answer;
-use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Logprobs, Priority, Usage};
+use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Logprobs, Priority};
 use serde::Serialize;
+use serde_json::{Map, Value};
 use tracing::Span;
 
 use super::error::ok;
+use super::extra::{Extra, Gathered, UsageBody, text_of};
 use super::logprobs::LogprobsBody;
 use super::stream::EventWriter;
 use super::tools::{AnswerTools, CallBody};
@@ -42,31 +44,6 @@ pub struct Head {
     pub model: String,
 }
 
-/// What an answer cost, as OpenAI writes it.
-#[derive(Debug, Serialize)]
-pub struct UsageBody {
-    prompt_tokens: u32,
-    completion_tokens: u32,
-    total_tokens: u32,
-    prompt_tokens_details: PromptTokensDetails,
-}
-
-#[derive(Debug, Serialize)]
-struct PromptTokensDetails {
-    cached_tokens: u32,
-}
-
-impl From<Usage> for UsageBody {
-    fn from(usage: Usage) -> Self {
-        Self {
-            prompt_tokens: usage.prompt_tokens,
-            completion_tokens: usage.completion_tokens,
-            total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
-            prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.cached_tokens },
-        }
-    }
-}
-
 /// A finish reason as OpenAI writes it.
 pub fn finish_reason(reason: FinishReason) -> &'static str {
     match reason {
@@ -76,31 +53,42 @@ pub fn finish_reason(reason: FinishReason) -> &'static str {
 }
 
 #[derive(Serialize)]
-struct Completion {
+struct Completion<'a> {
     id: String,
     object: &'static str,
     created: u64,
     model: String,
     choices: [Choice; 1],
-    usage: UsageBody,
+    usage: UsageBody<'a>,
+    #[serde(flatten)]
+    more: Map<String, Value>,
 }
 
 #[derive(Serialize)]
 struct Choice {
     index: u32,
     message: AnswerMessage,
-    logprobs: Option<LogprobsBody>,
-    finish_reason: &'static str,
+    /// Outer: an endpoint's own stand in `more`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logprobs: Option<Option<LogprobsBody>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    finish_reason: Option<&'static str>,
+    #[serde(flatten)]
+    more: Map<String, Value>,
 }
 
 #[derive(Serialize)]
 struct AnswerMessage {
     role: &'static str,
-    /// Null where the answer is nothing but calls.
-    content: Option<String>,
-    refusal: Option<()>,
+    /// Inner: null where the answer consists of something else, as tool calls.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<Option<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refusal: Option<Option<()>>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<CallBody>,
+    #[serde(flatten)]
+    more: Map<String, Value>,
 }
 
 /// The handler.
@@ -192,7 +180,7 @@ async fn answer(
         let writer = EventWriter::new(head, parsed.include_usage, tools);
         return Ok(Begun::Stream { writer, reply, headers });
     }
-    let mut response = ok(collect(head, &mut reply, wants_logprobs, tools, log).await?);
+    let mut response = collect(head, &mut reply, wants_logprobs, tools, log).await?;
     headers.insert(&mut response);
     Ok(Begun::Whole(response))
 }
@@ -202,11 +190,12 @@ async fn collect(
     head: Head,
     reply: &mut Reply,
     wants_logprobs: bool,
-    mut tools: Option<AnswerTools>,
+    tools: Option<AnswerTools>,
     log: &mut RequestLog,
-) -> Result<Completion, ApiError> {
+) -> Result<Response, ApiError> {
     let mut text = Vec::new();
     let mut logprobs: Option<Vec<Logprobs>> = wants_logprobs.then(Vec::new);
+    let mut gathered = Gathered::default();
     loop {
         let answer = reply.answers.recv().await.unwrap_or_else(stream::broken_off);
         log.note(&answer);
@@ -216,28 +205,54 @@ async fn collect(
                 if let Some(logprobs) = &mut logprobs {
                     logprobs.extend(token.logprobs);
                 }
+                if !token.extra.is_empty() {
+                    gathered.add(&Extra::read(&token.extra));
+                }
             }
-            Answer::Finished(Finished { reason, usage, .. }) => {
-                let content = String::from_utf8(text)
-                    .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
-                let (content, tool_calls) = match &mut tools {
-                    Some(tools) => tools::split(tools, &content),
-                    None => (content, vec![]),
-                };
-                let content = (tool_calls.is_empty() || !content.is_empty()).then_some(content);
-                let message = AnswerMessage { role: "assistant", content, refusal: None, tool_calls };
-                let logprobs = logprobs.map(|all| LogprobsBody::new(&all));
-                let finish_reason = tools.map_or(finish_reason(reason), |tools| tools.finish_reason(reason));
-                let choice = Choice { index: 0, message, logprobs, finish_reason };
-                let Head { id, created, model } = head;
-                let usage = usage.into();
-                return Ok(Completion { id, object: "chat.completion", created, model, choices: [choice], usage });
+            Answer::Finished(finished) => {
+                let parts = (text_of(text), logprobs);
+                return Ok(ok(whole(head, parts, tools, gathered, &finished)));
             }
             Answer::Failed(failed) => return Err(failed.into()),
             Answer::Refused(refused) => return Err(refused.into()),
             Answer::Accepted(_) | Answer::Progress(_) => {}
         }
     }
+}
+
+fn whole(
+    head: Head,
+    (text, logprobs): (String, Option<Vec<Logprobs>>),
+    mut tools: Option<AnswerTools>,
+    mut gathered: Gathered,
+    finished: &Finished,
+) -> Completion<'_> {
+    let (text, tool_calls) = match &mut tools {
+        Some(tools) => tools::split(tools, &text),
+        None => (text, vec![]),
+    };
+    let reason = tools.map_or(finish_reason(finished.reason), |tools| tools.finish_reason(finished.reason));
+    let extra = Extra::read(&finished.extra);
+    gathered.add(&extra);
+    let (choice, completion, message) = gathered.into_parts();
+    let says_else = text.is_empty() && !(message.is_empty() && tool_calls.is_empty());
+    let message = AnswerMessage {
+        role: "assistant",
+        content: (!message.contains_key("content")).then(|| (!says_else).then_some(text)),
+        refusal: (!message.contains_key("refusal")).then_some(None),
+        tool_calls,
+        more: message,
+    };
+    let choice = Choice {
+        index: 0,
+        message,
+        logprobs: (!choice.contains_key("logprobs")).then(|| logprobs.map(|all| LogprobsBody::new(&all))),
+        finish_reason: (!choice.contains_key("finish_reason")).then_some(reason),
+        more: choice,
+    };
+    let Head { id, created, model } = head;
+    let usage = UsageBody::new(finished.usage, extra.usage);
+    Completion { id, object: "chat.completion", created, model, choices: [choice], usage, more: completion }
 }
 
 /// What an answer's headers say of its way.
@@ -327,7 +342,7 @@ impl Drop for RequestLog {
 #[cfg(test)]
 mod tests {
     use ingle_actors::gateway::Record;
-    use ingle_actors::protocol::wire::v1::{Accepted, Load, Token};
+    use ingle_actors::protocol::wire::v1::{Accepted, Load, Token, Usage};
     use tokio::sync::mpsc;
 
     use super::*;
@@ -336,22 +351,28 @@ mod tests {
     async fn a_whole_answer_in_the_usual_shape() {
         let (sender, answers) = mpsc::channel(8);
         let accepted = Accepted { prompt_tokens: 3, cached_tokens: 1, context_length: 100, load: Load::default() };
-        let mut reply = Reply { node: "tower".into(), model: "m".into(), features: vec![], accepted, answers, record: Record::default() };
+        let mut reply = Reply {
+            node: "tower".into(),
+            model: "m".into(),
+            features: vec![],
+            accepted,
+            answers,
+            record: Record::default(),
+        };
         // A character that two tokens share stays one character.
         for text in [&b"h"[..], b"\xc3", b"\xa9"] {
             sender
-                .send(Answer::Token(Token { position: 0, id: 1, text: text.to_vec(), logprobs: None }))
+                .send(Answer::Token(Token { position: 0, id: 1, text: text.to_vec(), logprobs: None, extra: vec![] }))
                 .await
                 .unwrap();
         }
         let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 3 };
-        sender
-            .send(Answer::Finished(Finished { reason: FinishReason::Stop, usage, load: Load::default() }))
-            .await
-            .unwrap();
+        let finished = Finished { reason: FinishReason::Stop, usage, load: Load::default(), extra: vec![] };
+        sender.send(Answer::Finished(finished)).await.unwrap();
         let head = Head { id: "chatcmpl-1".into(), created: 5, model: "m".into() };
         let mut log = RequestLog::new(Span::none(), false);
-        let body = serde_json::to_string(&collect(head, &mut reply, false, None, &mut log).await.unwrap()).unwrap();
+        let response = collect(head, &mut reply, false, None, &mut log).await.unwrap();
+        let body = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
         assert_eq!(
             body,
             r#"{"id":"chatcmpl-1","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"hé","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":3,"total_tokens":6,"prompt_tokens_details":{"cached_tokens":1}}}"#

@@ -2,6 +2,7 @@
 
 pub mod chat_completions;
 mod error;
+mod extra;
 mod fields;
 mod json;
 mod logprobs;

@@ -101,6 +101,12 @@ fn message(value: Value, written: &Written<'_>, path: String) -> Result<Message,
     });
     let content = match content {
         Some(Value::String(text)) => text,
+        Some(Value::Array(parts)) if parts.iter().any(is_no_text) => {
+            // Images and the like: only a worker knows whether its model can read them.
+            let text = text_of_parts(parts.iter().filter(|part| !is_no_text(part)).cloned().collect(), &content_path)?;
+            rest.insert("content".into(), Value::Array(parts));
+            text
+        }
         Some(Value::Array(parts)) => text_of_parts(parts, &content_path)?,
         Some(other) => return Err(wrong_type(content_path, "a string or an array of text parts", &other)),
         // An answer that consisted of tool calls has no text.
@@ -114,6 +120,11 @@ fn message(value: Value, written: &Written<'_>, path: String) -> Result<Message,
     Ok(Message { role, content, extra: written.extra(&rest, &path)? })
 }
 
+/// A part of a message that says itself that it is none of text.
+fn is_no_text(part: &Value) -> bool {
+    part.get("type").and_then(Value::as_str).is_some_and(|kind| kind != "text")
+}
+
 /// The texts of all parts, a line break between them.
 fn text_of_parts(parts: Vec<Value>, path: &str) -> Result<String, ApiError> {
     let mut texts = Vec::with_capacity(parts.len());
@@ -121,12 +132,7 @@ fn text_of_parts(parts: Vec<Value>, path: &str) -> Result<String, ApiError> {
         let mut fields = Fields::new(part, format!("{path}[{index}]"))?;
         let type_path = fields.path_of("type");
         match fields.text("type")?.as_deref() {
-            Some("text") => {}
-            Some(other) => {
-                let other: String = other.chars().take(80).collect();
-                let message = format!("`{type_path}` is `{other}`: only text parts are supported.");
-                return Err(ApiError::unsupported(type_path, message));
-            }
+            Some(_) => {}
             None => return Err(ApiError::invalid(type_path.clone(), format!("`{type_path}` is missing."))),
         }
         let text_path = fields.path_of("text");
@@ -231,7 +237,9 @@ impl<'t> Written<'t> {
         let members: Vec<String> =
             left.map(|(name, value)| format!("{}:{value}", Value::from(name.as_str()))).collect();
         let bytes = format!("{{{}}}", members.join(",")).into_bytes();
-        if bytes.len() > EXTRA_LIMIT {
+        // An image is as long as it is: the limit of the whole body holds for it.
+        let has_parts = !path.is_empty() && rest.contains_key("content");
+        if bytes.len() > EXTRA_LIMIT && !has_parts {
             let param = if path.is_empty() { first } else { format!("{path}.{first}") };
             let message =
                 format!("`{param}` and the other less common fields are longer than {} KiB.", EXTRA_LIMIT >> 10);

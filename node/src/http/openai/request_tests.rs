@@ -106,6 +106,23 @@ fn roles_and_contents_of_all_kinds() {
 }
 
 #[test]
+fn what_travels_is_as_it_was_written() {
+    let body = r#"{"messages": [{"role": "user", "name": "n", "content": [
+        {"type": "text", "text": "look"}, {"type": "image_url", "z": 1.0, "a": 1e2}, {"type": "text", "text": "here"}]}],
+        "z": {"y": 1.0, "b": 1e2}, "seed": 1, "a": [ 1 ], "n": 1}"#;
+    let request = parse(body.as_bytes(), 7).unwrap();
+    assert_eq!(request.extra, br#"{"z":{"y": 1.0, "b": 1e2},"a":[ 1 ]}"#);
+    let [message] = request.messages.try_into().unwrap();
+    assert_eq!(message.content, "look\nhere");
+    let parts = body.split_once("\"content\": ").unwrap().1.split_once("}],").unwrap().0;
+    assert_eq!(String::from_utf8(message.extra).unwrap(), format!("{{\"name\":\"n\",\"content\":{parts}}}"));
+    // Images are longer than other fields may be.
+    let long = json!([{"type": "image_url", "image_url": {"url": "x".repeat(EXTRA_LIMIT)}}]);
+    let long = parsed(json!({"messages": [{"role": "user", "content": long}]}));
+    assert!(long.messages[0].extra.len() > EXTRA_LIMIT);
+}
+
+#[test]
 fn fields_that_say_nothing_are_dropped_and_all_others_travel() {
     let quiet = parsed(with(json!({
         "n": 1, "presence_penalty": 0.0, "frequency_penalty": 0, "logprobs": false, "tools": [], "logit_bias": {},
@@ -161,7 +178,7 @@ fn wrong_requests_are_refused_with_the_path_of_the_trouble() {
         (message(json!({"role": "boss", "content": "x"})), "messages[1].role", "`boss`"),
         (message(json!({"role": 1, "content": "x"})), "messages[1].role", "a string"),
         (part(json!("x")), "messages[0].content[0]", "an object"),
-        (part(json!({"type": "image_url"})), "messages[0].content[0].type", "only text parts"),
+        (part(json!({"type": 5})), "messages[0].content[0].type", "a string"),
         (part(json!({"text": "x"})), "messages[0].content[0].type", "missing"),
         (part(json!({"type": "text"})), "messages[0].content[0].text", "missing"),
         (part(json!({"type": "text", "text": "x", "y": 1})), "messages[0].content[0].y", "not supported"),

@@ -7,13 +7,15 @@ use axum::body::Body;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use ingle_actors::json::Members;
 use ingle_actors::protocol::wire::Answer;
-use ingle_actors::protocol::wire::v1::{Failed, FailureKind, Logprobs, Usage};
+use ingle_actors::protocol::wire::v1::{Failed, FailureKind, Finished, Logprobs, Token};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::ApiError;
-use super::chat_completions::{Head, RequestLog, UsageBody, finish_reason};
+use super::chat_completions::{Head, RequestLog, finish_reason};
+use super::extra::{Extra, UsageBody};
 use super::logprobs::LogprobsBody;
 use super::tools::{AnswerTools, CallBody, Part};
 
@@ -31,15 +33,23 @@ struct Chunk<'a> {
     choices: &'a [Choice<'a>],
     /// Outer: the client asked for usage; inner: null in all chunks but the last.
     #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<UsageBody>>,
+    usage: Option<Option<UsageBody<'a>>>,
+    /// What an endpoint says in each chunk.
+    #[serde(flatten)]
+    more: &'a Members<'a>,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Choice<'a> {
     index: u32,
     delta: Delta<'a>,
-    logprobs: Option<LogprobsBody>,
-    finish_reason: Option<&'static str>,
+    /// Outer: an endpoint's own stand in `more`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logprobs: Option<Option<LogprobsBody>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    finish_reason: Option<Option<&'static str>>,
+    #[serde(flatten)]
+    more: Members<'a>,
 }
 
 #[derive(Default, Serialize)]
@@ -50,6 +60,8 @@ struct Delta<'a> {
     content: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tool_calls: Option<[&'a CallBody; 1]>,
+    #[serde(flatten)]
+    more: Members<'a>,
 }
 
 /// Turns frames into events. Knows no clock and no socket.
@@ -60,17 +72,24 @@ pub struct EventWriter {
     /// Where the answer may call tools.
     tools: Option<AnswerTools>,
     ended: bool,
+    /// Members of the chunk itself that an endpoint last said, as JSON; empty for none.
+    sticky: Vec<u8>,
 }
 
 impl EventWriter {
     /// `include_usage` adds a chunk with the usage before the end.
     pub fn new(head: Head, include_usage: bool, tools: Option<AnswerTools>) -> Self {
-        Self { head, include_usage, tools, ended: false }
+        Self { head, include_usage, tools, ended: false, sticky: Vec::new() }
     }
 
     /// The first event: who speaks.
     pub fn begin(&self, out: &mut Vec<u8>) {
-        self.chunk(out, Delta { role: Some("assistant"), content: Some(""), tool_calls: None }, None, None);
+        let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
+        self.event(
+            out,
+            &[Choice { delta, logprobs: Some(None), finish_reason: Some(None), ..Choice::default() }],
+            None,
+        );
     }
 
     /// The event for a frame, if it has one. Nothing is written after the last frame.
@@ -81,25 +100,15 @@ impl EventWriter {
         self.ended = answer.is_last();
         match answer {
             // A token whose text is held back still says how likely it was.
-            Answer::Token(token) if token.text.is_empty() && token.logprobs.is_none() => {}
-            Answer::Token(token) => {
-                let text = String::from_utf8_lossy(&token.text);
-                match self.tools.as_mut().map(|tools| tools.push(&text)) {
-                    None => self.text(out, &text, token.logprobs.as_ref()),
-                    Some(parts) => self.parts(out, &parts, token.logprobs.as_ref()),
+            Answer::Token(token) if token.text.is_empty() && token.logprobs.is_none() && token.extra.is_empty() => {}
+            Answer::Token(token) => match &mut self.tools {
+                None => self.token(token, out),
+                Some(tools) => {
+                    let parts = tools.push(&String::from_utf8_lossy(&token.text));
+                    self.parts(out, &parts, token.logprobs.as_ref());
                 }
-            }
-            Answer::Finished(finished) => {
-                let parts = self.tools.as_mut().map(AnswerTools::finish).unwrap_or_default();
-                self.parts(out, &parts, None);
-                let reason = finished.reason;
-                let reason = self.tools.as_ref().map_or(finish_reason(reason), |tools| tools.finish_reason(reason));
-                self.chunk(out, Delta::default(), None, Some(reason));
-                if self.include_usage {
-                    self.event(out, &[], Some(finished.usage));
-                }
-                out.extend_from_slice(b"data: [DONE]\n\n");
-            }
+            },
+            Answer::Finished(finished) => self.finish(finished, out),
             // No `[DONE]` behind these: a client that waits for it must see that the answer is not whole.
             Answer::Failed(failed) => write_error(out, &failed.clone().into()),
             Answer::Refused(refused) => write_error(out, &refused.clone().into()),
@@ -108,7 +117,7 @@ impl EventWriter {
     }
 
     fn text(&self, out: &mut Vec<u8>, text: &str, logprobs: Option<&Logprobs>) {
-        self.chunk(out, Delta { content: Some(text), ..Delta::default() }, logprobs, None);
+        self.chunk(out, Delta { content: Some(text), ..Delta::default() }, logprobs);
     }
 
     /// Parts that a token released, and how likely it was.
@@ -117,7 +126,7 @@ impl EventWriter {
             match part {
                 Part::Text(text) => self.text(out, text, logprobs.take()),
                 Part::Call(call) => {
-                    self.chunk(out, Delta { tool_calls: Some([call]), ..Delta::default() }, logprobs.take(), None);
+                    self.chunk(out, Delta { tool_calls: Some([call]), ..Delta::default() }, logprobs.take());
                 }
             }
         }
@@ -126,25 +135,62 @@ impl EventWriter {
         }
     }
 
-    fn chunk(
-        &self,
-        out: &mut Vec<u8>,
-        delta: Delta<'_>,
-        logprobs: Option<&Logprobs>,
-        finish_reason: Option<&'static str>,
-    ) {
+    fn chunk(&self, out: &mut Vec<u8>, delta: Delta<'_>, logprobs: Option<&Logprobs>) {
         let logprobs = logprobs.map(|token| LogprobsBody::new(std::slice::from_ref(token)));
-        self.event(out, &[Choice { index: 0, delta, logprobs, finish_reason }], None);
+        let choice = Choice { delta, logprobs: Some(logprobs), finish_reason: Some(None), ..Choice::default() };
+        self.event(out, &[choice], None);
     }
 
-    fn event(&self, out: &mut Vec<u8>, choices: &[Choice<'_>], usage: Option<Usage>) {
+    fn token(&mut self, token: &Token, out: &mut Vec<u8>) {
+        let text = String::from_utf8_lossy(&token.text);
+        let extra = self.take_extra(&token.extra);
+        // A token without a text of its own says what an endpoint said instead.
+        let content = (!text.is_empty() || extra.delta.0.is_empty()).then_some(&*text);
+        let logprobs = token.logprobs.as_ref().map(|token| LogprobsBody::new(std::slice::from_ref(token)));
+        let logprobs = (!extra.choice.has("logprobs")).then_some(logprobs);
+        let delta = Delta { content, more: extra.delta, ..Delta::default() };
+        self.event(out, &[Choice { index: 0, delta, logprobs, finish_reason: Some(None), more: extra.choice }], None);
+    }
+
+    fn finish(&mut self, finished: &Finished, out: &mut Vec<u8>) {
+        let parts = self.tools.as_mut().map(AnswerTools::finish).unwrap_or_default();
+        self.parts(out, &parts, None);
+        let extra = self.take_extra(&finished.extra);
+        let logprobs = (!extra.choice.has("logprobs")).then_some(None);
+        let reason =
+            self.tools.as_ref().map_or(finish_reason(finished.reason), |tools| tools.finish_reason(finished.reason));
+        let reason = (!extra.choice.has("finish_reason")).then_some(Some(reason));
+        let delta = Delta { more: extra.delta, ..Delta::default() };
+        self.event(out, &[Choice { index: 0, delta, logprobs, finish_reason: reason, more: extra.choice }], None);
+        if self.include_usage {
+            self.event(out, &[], Some(UsageBody::new(finished.usage, extra.usage)));
+        }
+        out.extend_from_slice(b"data: [DONE]\n\n");
+    }
+
+    /// Reads a frame's `extra` and keeps what holds for later chunks as well.
+    fn take_extra<'a>(&mut self, extra: &'a [u8]) -> Extra<'a> {
+        let extra = Extra::read(extra);
+        if let Some(chunk) = &extra.chunk {
+            self.sticky.clear();
+            if !chunk.0.is_empty() {
+                // Members that were read can be written.
+                let _ = serde_json::to_writer(&mut self.sticky, chunk);
+            }
+        }
+        extra
+    }
+
+    fn event(&self, out: &mut Vec<u8>, choices: &[Choice<'_>], usage: Option<UsageBody<'_>>) {
+        let more = Members::parse(&self.sticky).unwrap_or_default();
         let chunk = Chunk {
             id: &self.head.id,
             object: "chat.completion.chunk",
             created: self.head.created,
             model: &self.head.model,
             choices,
-            usage: self.include_usage.then(|| usage.map(UsageBody::from)),
+            usage: self.include_usage.then_some(usage),
+            more: &more,
         };
         out.extend_from_slice(b"data: ");
         // Writing numbers and strings into memory cannot fail.
@@ -234,7 +280,7 @@ pub fn respond(writer: EventWriter, answers: mpsc::Receiver<Answer>, log: Reques
 
 #[cfg(test)]
 mod tests {
-    use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Load, Logprob, Token};
+    use ingle_actors::protocol::wire::v1::{FinishReason, Load, Logprob, NO_TOKEN_ID, Usage};
 
     use super::super::tools::ToolUse;
     use super::*;
@@ -244,12 +290,12 @@ mod tests {
     }
 
     fn token(position: u32, text: &str) -> Answer {
-        Answer::Token(Token { position, id: 1, text: text.as_bytes().to_vec(), logprobs: None })
+        Answer::Token(Token { position, id: 1, text: text.as_bytes().to_vec(), logprobs: None, extra: vec![] })
     }
 
     fn finished() -> Answer {
         let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 };
-        Answer::Finished(Finished { reason: FinishReason::Length, usage, load: Load::default() })
+        Answer::Finished(Finished { reason: FinishReason::Length, usage, load: Load::default(), extra: vec![] })
     }
 
     fn failed() -> Answer {
@@ -297,7 +343,7 @@ mod tests {
         let logprob = |id, logprob, bytes: &[u8]| Logprob { id, logprob, bytes: bytes.to_vec() };
         let chosen = logprob(7, -0.5, b"\xc3");
         let top = vec![chosen.clone(), logprob(8, -9_999.0, b"")];
-        let half = Token { position: 0, id: 7, text: vec![], logprobs: Some(Logprobs { chosen, top }) };
+        let half = Token { position: 0, id: 7, text: vec![], logprobs: Some(Logprobs { chosen, top }), extra: vec![] };
         let text = written(false, &[Answer::Token(half), token(1, "é"), finished()]);
         let events: Vec<&str> = text.split("\n\n").collect();
         assert!(events[1].ends_with(
@@ -332,6 +378,50 @@ mod tests {
         assert_eq!((&call["index"], &call["type"]), (&0.into(), &"function".into()));
         assert_eq!(call["function"], serde_json::json!({"name": "f", "arguments": "{\"x\": 1}"}));
         assert_eq!(end["finish_reason"], "tool_calls");
+    }
+
+    #[test]
+    fn what_an_endpoint_says_more_stands_where_it_belongs() {
+        let with = |text: &str, extra: &str| {
+            let (text, extra) = (text.into(), extra.into());
+            Answer::Token(Token { position: 0, id: NO_TOKEN_ID, text, logprobs: None, extra })
+        };
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 };
+        let extra =
+            br#"{"choice":{"finish_reason":"tool_calls"},"usage":{"prompt_tokens_details":{"x":1},"y":2},"chunk":{}}"#;
+        let end = Answer::Finished(Finished {
+            reason: FinishReason::Stop,
+            usage,
+            load: Load::default(),
+            extra: extra.to_vec(),
+        });
+        let call = r#"{"tool_calls":[{"index":0,"function":{"arguments":"{\"a\": 1.0}"}}]}"#;
+        let logprobs = r#"{"logprobs":{"content":[]}}"#;
+        let answers = [
+            with("", &format!(r#"{{"delta":{call},"chunk":{{"system_fingerprint":"b1"}}}}"#)),
+            with("a", &format!(r#"{{"choice":{logprobs}}}"#)),
+            end,
+        ];
+        let text = written(true, &answers);
+        let events: Vec<&str> = text.split("\n\n").collect();
+        let ends = |event: usize, end: &str| assert!(events[event].ends_with(end), "{}\n{end}", events[event]);
+        let fingerprint = r#","usage":null,"system_fingerprint":"b1"}"#;
+        ends(
+            1,
+            &format!(r#""choices":[{{"index":0,"delta":{call},"logprobs":null,"finish_reason":null}}]{fingerprint}"#),
+        );
+        ends(
+            2,
+            &format!(
+                r#"{{"index":0,"delta":{{"content":"a"}},"finish_reason":null,"logprobs":{{"content":[]}}}}]{fingerprint}"#
+            ),
+        );
+        ends(3, r#"{"index":0,"delta":{},"logprobs":null,"finish_reason":"tool_calls"}],"usage":null}"#);
+        ends(
+            4,
+            r#""choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"x":1},"y":2}}"#,
+        );
+        ends(5, "data: [DONE]");
     }
 
     #[test]

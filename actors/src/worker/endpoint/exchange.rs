@@ -1,0 +1,293 @@
+//! One request at the far side: the HTTP exchange, from its first byte to its last. Dropping the answer's reader
+//! drops the connection, which is what tells the far side to stop.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ingle_engine::DEFAULT_READER_DEADLINE as READER_DEADLINE;
+use ingle_protocol::wire::Answer;
+use ingle_protocol::wire::v1::{Accepted, Failed, FailureKind, Finished, Progress, Token};
+use reqwest::header::CONTENT_TYPE;
+use reqwest::{Response, StatusCode};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Interval, MissedTickBehavior, interval_at, timeout};
+
+use super::address::Secret;
+use super::errors::{FarError, Trouble, of_status, of_transport};
+use super::meter;
+use super::sse::EventReader;
+use super::stream::AnswerStream;
+
+/// How often a request that waits says so, and limits are looked at.
+const TICK: Duration = Duration::from_millis(250);
+/// The most text in one frame, in bytes.
+const LONGEST_TEXT: usize = 32 << 10;
+/// The most that is read of an answer that is an error, and how long that may take.
+const ERROR_LIMIT: usize = 64 << 10;
+const ERROR_DEADLINE: Duration = Duration::from_secs(2);
+/// How long the end of the body may come behind the end of the answer; later, the connection is not used again.
+const TAIL_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long the far side may be silent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// Until the first token: it may have others to answer first, and a long prompt to read.
+    pub first_token: Duration,
+    /// Between two pieces of the answer.
+    pub silence: Duration,
+}
+
+/// One request on its way.
+#[derive(Debug)]
+pub struct Exchange {
+    /// The request, ready to go.
+    pub request: reqwest::RequestBuilder,
+    /// `host:port`, for messages.
+    pub endpoint: String,
+    /// What must not be repeated.
+    pub key: Option<Secret>,
+    /// When the answer is worth nothing any more.
+    pub deadline: Instant,
+    /// See [`Patience`].
+    pub patience: Patience,
+    /// Its place among the others.
+    pub place: meter::Exchange,
+    /// 0 where it is not known.
+    pub context_length: u32,
+    /// Told where the far side does not answer.
+    pub trouble: Arc<Notify>,
+}
+
+/// Why an exchange is over early.
+enum Over {
+    /// The reader has left.
+    Left,
+    Trouble(Trouble),
+}
+
+impl From<Trouble> for Over {
+    fn from(trouble: Trouble) -> Self {
+        Self::Trouble(trouble)
+    }
+}
+
+/// What must be watched all the time.
+struct Watch {
+    answers: mpsc::Sender<Answer>,
+    ticks: Interval,
+    began: Instant,
+    deadline: Instant,
+    patience: Patience,
+    /// When the far side last said something.
+    heard: Instant,
+    any_token: bool,
+    endpoint: String,
+}
+
+impl Watch {
+    /// Waits for `work` within all limits, and says every now and then that the request waits.
+    async fn until<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Over> {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                () = self.answers.closed() => return Err(Over::Left),
+                _ = self.ticks.tick() => {}
+            }
+            self.check(Instant::now())?;
+        }
+    }
+
+    fn check(&mut self, now: Instant) -> Result<(), Trouble> {
+        let endpoint = &self.endpoint;
+        let silent = |limit: Duration, since: Instant, what: &str| {
+            (now.saturating_duration_since(since) >= limit).then(|| {
+                let message = format!("the endpoint {endpoint} sent no {what} for {} s", limit.as_secs_f32());
+                Trouble::Failed(FailureKind::WorkerSilent, message)
+            })
+        };
+        if now >= self.deadline {
+            let message = format!("the request's time was up before the endpoint {endpoint} had answered it");
+            return Err(Trouble::Failed(FailureKind::DeadlineExceeded, message));
+        }
+        let trouble = if self.any_token {
+            silent(self.patience.silence, self.heard, "byte")
+        } else {
+            silent(self.patience.first_token, self.began, "token")
+        };
+        if let Some(trouble) = trouble {
+            return Err(trouble);
+        }
+        if !self.any_token {
+            // Nobody knows how many others the far side has. A reader with a full channel sees that it goes on.
+            let _ = self.answers.try_send(Answer::Progress(Progress::Queued { ahead: 0 }));
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, answer: Answer) -> Result<(), Over> {
+        let answer = match self.answers.try_send(answer) {
+            Ok(()) => return Ok(()),
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(Over::Left),
+            Err(mpsc::error::TrySendError::Full(answer)) => answer,
+        };
+        // Nothing is read from the far side meanwhile: TCP makes it wait as well.
+        match timeout(READER_DEADLINE, self.answers.send(answer)).await {
+            Ok(sent) => {
+                // Who is not listened to is not silent.
+                self.heard = Instant::now();
+                sent.map_err(|_| Over::Left)
+            }
+            Err(_) => {
+                let message = format!("nobody read the answer for {} s", READER_DEADLINE.as_secs());
+                Err(Trouble::Failed(FailureKind::ReaderTooSlow, message).into())
+            }
+        }
+    }
+
+    async fn send_token(&mut self, token: Token) -> Result<(), Over> {
+        if token.text.len() <= LONGEST_TEXT {
+            return self.send(Answer::Token(token)).await;
+        }
+        let Token { position, id, text, logprobs, extra } = token;
+        let text = String::from_utf8_lossy(&text);
+        let (mut rest, mut extra, mut logprobs) = (&*text, Some(extra), logprobs);
+        while !rest.is_empty() {
+            let (piece, behind) = rest.split_at(rest.floor_char_boundary(LONGEST_TEXT));
+            let (text, extra) = (piece.as_bytes().to_vec(), extra.take().unwrap_or_default());
+            self.send(Answer::Token(Token { position, id, text, logprobs: logprobs.take(), extra })).await?;
+            rest = behind;
+        }
+        Ok(())
+    }
+}
+
+impl Exchange {
+    /// Runs it to its end.
+    pub async fn run(self, answers: mpsc::Sender<Answer>) {
+        // For the last word to a reader that reads too slowly.
+        let Ok(last_word) = answers.clone().try_reserve_owned() else { return };
+        let now = Instant::now();
+        let mut ticks = interval_at((now + TICK).into(), TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let Self { request, endpoint, key, deadline, patience, mut place, context_length, trouble } = self;
+        let prompt_tokens = place.prompt_tokens();
+        let mut stream = AnswerStream::new(&endpoint, prompt_tokens);
+        let mut watch =
+            Watch { answers, ticks, began: now, deadline, patience, heard: now, any_token: false, endpoint };
+        let accepted = Accepted { prompt_tokens, cached_tokens: 0, context_length, load: place.load() };
+        let told = async {
+            let mut response = begin(&mut watch, request).await?;
+            watch.send(Answer::Accepted(accepted)).await?;
+            pass_on(&mut watch, &mut response, &mut stream, &mut place).await?;
+            let finished = stream.finish()?;
+            let load = place.end();
+            watch.send(Answer::Finished(Finished { load, ..finished })).await?;
+            // A body that is read to its end leaves a connection that can be used again.
+            let _ = timeout(TAIL_DEADLINE, response.chunk()).await;
+            Ok(())
+        };
+        let found = match told.await {
+            Ok(()) | Err(Over::Left) => return,
+            Err(Over::Trouble(found)) => found,
+        };
+        let clean = |message: String| key.as_ref().map_or(message.clone(), |key| key.struck_from(&message));
+        last_word.send(match found {
+            Trouble::Refused(mut refused) => {
+                refused.message = clean(refused.message);
+                Answer::Refused(refused)
+            }
+            Trouble::Failed(kind, message) => {
+                tracing::info!(?kind, message = clean(message.clone()), "an endpoint's answer broke");
+                if matches!(kind, FailureKind::ConnectionLost | FailureKind::WorkerSilent | FailureKind::EngineError) {
+                    trouble.notify_one();
+                }
+                let final_word = matches!(kind, FailureKind::DeadlineExceeded | FailureKind::ReaderTooSlow);
+                let any_token = watch.any_token;
+                Answer::Failed(Failed {
+                    kind,
+                    message: clean(message),
+                    retryable: !final_word && !any_token,
+                    migratable: !final_word && any_token,
+                })
+            }
+        });
+    }
+}
+
+/// Sends the request; returns when a stream of events begins.
+async fn begin(watch: &mut Watch, request: reqwest::RequestBuilder) -> Result<Response, Over> {
+    let endpoint = watch.endpoint.clone();
+    // On the heap: it is large.
+    let response = watch.until(Box::pin(request.send())).await?.map_err(|error| of_transport(&error, &endpoint))?;
+    let status = response.status();
+    if status != StatusCode::OK {
+        let headers = response.headers().clone();
+        let error = FarError::read(&watch.until(error_body(response)).await?);
+        return Err(of_status(status, &headers, error, &endpoint).into());
+    }
+    let kind = response.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    if kind.trim_start().get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case("text/event-stream")) {
+        watch.heard = Instant::now();
+        return Ok(response);
+    }
+    let kind: String = kind.chars().take(80).collect();
+    let body = watch.until(error_body(response)).await?;
+    let what = if kind.is_empty() { "something without a content type".to_owned() } else { kind };
+    let said = FarError::read(&body).message;
+    let said: String = said.chars().take(300).collect();
+    let message = format!("the endpoint {endpoint} answers with {what} where a stream of events is due: {said}");
+    Err(Trouble::Failed(FailureKind::Protocol, message).into())
+}
+
+/// The beginning of a body that is an error, as far as it comes in time.
+async fn error_body(mut response: Response) -> Vec<u8> {
+    let mut body = Vec::new();
+    let reading = async {
+        while let Ok(Some(piece)) = response.chunk().await {
+            body.extend_from_slice(&piece[..piece.len().min(ERROR_LIMIT - body.len())]);
+            if body.len() >= ERROR_LIMIT {
+                break;
+            }
+        }
+    };
+    // What has come says more than nothing.
+    let _ = timeout(ERROR_DEADLINE, reading).await;
+    body
+}
+
+/// Events in, frames out, until the stream or the answer ends.
+async fn pass_on(
+    watch: &mut Watch,
+    response: &mut Response,
+    stream: &mut AnswerStream,
+    place: &mut meter::Exchange,
+) -> Result<(), Over> {
+    let mut reader = EventReader::default();
+    let mut ended = false;
+    while !ended && !stream.is_done() {
+        let piece = watch.until(response.chunk()).await?.map_err(|error| of_transport(&error, &watch.endpoint))?;
+        let now = Instant::now();
+        watch.heard = now;
+        if now >= watch.deadline {
+            // Whoever always has something to say is never waited for.
+            watch.check(now)?;
+        }
+        ended = piece.is_none();
+        reader.push(piece.as_deref().unwrap_or_default());
+        loop {
+            let event = if ended { reader.end() } else { reader.event() };
+            let Some(data) = event.map_err(|error| stream.lie(error))? else { break };
+            let token = stream.take(data)?;
+            // Counted before it is sent: whoever has read a token finds it in the counters.
+            place.observe(token.is_some(), now);
+            if let Some(token) = token {
+                watch.any_token = true;
+                watch.send_token(token).await?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,230 @@
+//! Our request as the body of `POST /v1/chat/completions`.
+
+use std::collections::BTreeMap;
+
+use ingle_protocol::wire::v1::{Message, RefusalKind, Refused, Request, Role};
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde_json::json;
+
+use crate::json::Members;
+
+/// Members that we write ourselves: in a request's `extra` they are left out.
+const OURS: [&str; 4] = ["model", "messages", "stream", "stream_options"];
+
+/// The body, asking for the model that the far side calls `model`. Always a stream: a whole answer is put together
+/// where the request came in.
+pub fn body(request: &Request, model: &str) -> Result<Vec<u8>, Refused> {
+    if !request.resume.is_empty() {
+        let message = "an answer that was begun elsewhere cannot go on at an endpoint: it takes texts, not tokens";
+        return Err(refused(RefusalKind::UnsupportedField, "resume", message.into()));
+    }
+    let extra = Members::parse(&request.extra)
+        .map_err(|error| refused(RefusalKind::InvalidField, "extra", format!("no JSON object: {error}")))?;
+    if extra.get("n").is_some_and(|n| n.get() != "1") {
+        let message = "`n` must be 1: Ingle gives one answer to a request, an endpoint's models included";
+        return Err(refused(RefusalKind::UnsupportedField, "n", message.into()));
+    }
+    let messages = request
+        .messages
+        .iter()
+        .enumerate()
+        .map(|(index, message)| {
+            let extra = Members::parse(&message.extra).map_err(|error| {
+                refused(RefusalKind::InvalidField, &format!("messages[{index}]"), format!("no JSON object: {error}"))
+            })?;
+            Ok(MessageBody { message, extra })
+        })
+        .collect::<Result<Vec<_>, Refused>>()?;
+    let length: usize = request.messages.iter().map(|message| message.content.len() + message.extra.len() + 48).sum();
+    let mut out = Vec::with_capacity(length + request.extra.len() + 512);
+    write(&mut serde_json::Serializer::new(&mut out), request, model, &messages, &extra)
+        .map_err(|error| refused(RefusalKind::InvalidField, "messages", format!("cannot be passed on: {error}")))?;
+    Ok(out)
+}
+
+fn refused(kind: RefusalKind, param: &str, message: String) -> Refused {
+    Refused { kind, message, param: Some(param.to_owned()), retry_after_ms: None }
+}
+
+struct MessageBody<'a> {
+    message: &'a Message,
+    extra: Members<'a>,
+}
+
+impl Serialize for MessageBody<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self { message, extra } = self;
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("role", message.role.as_str())?;
+        // Parts that are no text stand in `extra`.
+        if !extra.has("content") {
+            let only_calls = message.content.is_empty() && message.role == Role::Assistant && !extra.0.is_empty();
+            map.serialize_entry("content", &(!only_calls).then_some(&message.content))?;
+        }
+        for (name, value) in extra.0.iter().filter(|(name, _)| name != "role") {
+            map.serialize_entry(name, value)?;
+        }
+        map.end()
+    }
+}
+
+/// Values that mean "off" are left out, so that servers which do not know a field are not asked about it. Where one
+/// thing has two names, both are written: servers ignore names that they do not know.
+fn write<S: Serializer>(
+    serializer: S,
+    request: &Request,
+    model: &str,
+    messages: &[MessageBody<'_>],
+    extra: &Members<'_>,
+) -> Result<S::Ok, S::Error> {
+    let sampling = &request.sampling;
+    let mut map = serializer.serialize_map(None)?;
+    map.serialize_entry("model", model)?;
+    map.serialize_entry("messages", messages)?;
+    map.serialize_entry("stream", &true)?;
+    map.serialize_entry("stream_options", &json!({ "include_usage": true }))?;
+    map.serialize_entry("temperature", &sampling.temperature)?;
+    map.serialize_entry("top_p", &sampling.top_p)?;
+    // Its bits: a negative seed of a client is that again.
+    map.serialize_entry("seed", &sampling.seed.cast_signed())?;
+    if let Some(most) = sampling.max_tokens {
+        map.serialize_entry("max_tokens", &most)?;
+    }
+    if !sampling.stop.is_empty() {
+        map.serialize_entry("stop", &sampling.stop)?;
+    }
+    for (name, penalty) in
+        [("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)]
+    {
+        if penalty != 0.0 {
+            map.serialize_entry(name, &penalty)?;
+        }
+    }
+    if !sampling.logit_bias.is_empty() {
+        let biases: BTreeMap<u32, f32> = sampling.logit_bias.iter().map(|bias| (bias.token, bias.bias)).collect();
+        map.serialize_entry("logit_bias", &biases)?;
+    }
+    if let Some(top) = sampling.logprobs {
+        map.serialize_entry("logprobs", &true)?;
+        map.serialize_entry("top_logprobs", &top)?;
+    }
+    // From here on OpenAI itself knows none of them; llama.cpp and vLLM do.
+    if sampling.top_k != 0 {
+        map.serialize_entry("top_k", &sampling.top_k)?;
+    }
+    if sampling.min_p != 0.0 {
+        map.serialize_entry("min_p", &sampling.min_p)?;
+    }
+    if sampling.repetition_penalty != 1.0 {
+        map.serialize_entry("repetition_penalty", &sampling.repetition_penalty)?;
+        map.serialize_entry("repeat_penalty", &sampling.repetition_penalty)?;
+        let window = i64::from(sampling.repetition_window);
+        map.serialize_entry("repeat_last_n", &if window == i64::from(u32::MAX) { -1 } else { window })?;
+    }
+    if sampling.min_tokens != 0 {
+        map.serialize_entry("min_tokens", &sampling.min_tokens)?;
+    }
+    if !sampling.stop_token_ids.is_empty() {
+        map.serialize_entry("stop_token_ids", &sampling.stop_token_ids)?;
+    }
+    if sampling.ignore_eos {
+        map.serialize_entry("ignore_eos", &true)?;
+    }
+    for (name, value) in extra.0.iter().filter(|(name, _)| !OURS.contains(&name.as_ref())) {
+        map.serialize_entry(name, value)?;
+    }
+    map.end()
+}
+
+#[cfg(test)]
+mod tests {
+    use ingle_protocol::wire::v1::{LogitBias, Priority, Sampling, TraceContext};
+    use ingle_protocol::{ModelDigest, RequestId};
+
+    use super::*;
+
+    fn message(role: Role, content: &str, extra: &str) -> Message {
+        Message { role, content: content.into(), extra: extra.into() }
+    }
+
+    fn request(sampling: Sampling, messages: Vec<Message>, extra: &str) -> Request {
+        Request {
+            request_id: RequestId([1; 16]),
+            attempt: 0,
+            trace: TraceContext::default(),
+            principal: "local".into(),
+            priority: Priority::Normal,
+            remaining_ms: 1_000,
+            model: "here".into(),
+            digest: ModelDigest::default(),
+            messages,
+            sampling,
+            resume: vec![],
+            extra: extra.into(),
+        }
+    }
+
+    fn text(request: &Request) -> String {
+        String::from_utf8(body(request, "there").unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_plain_request_has_plain_members() {
+        let sampling = Sampling { temperature: 0.7, top_p: 0.9, seed: 5, ..Sampling::default() };
+        assert_eq!(
+            text(&request(sampling, vec![message(Role::User, "hé\"", "")], "")),
+            r#"{"model":"there","messages":[{"role":"user","content":"hé\""}],"stream":true,"stream_options":{"include_usage":true},"temperature":0.7,"top_p":0.9,"seed":5}"#
+        );
+    }
+
+    #[test]
+    fn all_that_can_be_said_arrives_as_it_was_written() {
+        let sampling = Sampling {
+            seed: (-5i64).cast_unsigned(),
+            top_k: 40,
+            min_p: 0.05,
+            repetition_penalty: 1.1,
+            presence_penalty: 0.5,
+            logit_bias: vec![LogitBias { token: 7, bias: -100.0 }],
+            max_tokens: Some(16),
+            min_tokens: 2,
+            stop: vec!["END".into()],
+            stop_token_ids: vec![9],
+            ignore_eos: true,
+            logprobs: Some(3),
+            ..Sampling::default()
+        };
+        let calls =
+            r#"{"tool_calls":[{"id":"c1","type":"function","function":{"name":"f","arguments":"{\"b\": 1.0}"}}]}"#;
+        let parts = r#"{"content":[{"type":"image_url","image_url":{"url":"data:,"}}]}"#;
+        let messages = vec![
+            message(Role::User, "", parts),
+            message(Role::Assistant, "", calls),
+            message(Role::Tool, "12", r#"{"tool_call_id":"c1"}"#),
+        ];
+        let extra = r#"{"tools":[{"z":1.0,"a":{"y":1,"b":2}}],"stream":false,"model":"other","n":1}"#;
+        let text = text(&request(sampling, messages, extra));
+        for expected in [
+            r#"{"role":"user","content":[{"type":"image_url","image_url":{"url":"data:,"}}]}"#,
+            r#"{"role":"assistant","content":null,"tool_calls":[{"id":"c1","type":"function","function":{"name":"f","arguments":"{\"b\": 1.0}"}}]}"#,
+            r#"{"role":"tool","content":"12","tool_call_id":"c1"}"#,
+            r#""seed":-5,"max_tokens":16,"stop":["END"],"presence_penalty":0.5,"logit_bias":{"7":-100.0},"logprobs":true,"top_logprobs":3,"top_k":40,"min_p":0.05,"repetition_penalty":1.1,"repeat_penalty":1.1,"repeat_last_n":-1,"min_tokens":2,"stop_token_ids":[9],"ignore_eos":true,"tools":[{"z":1.0,"a":{"y":1,"b":2}}],"n":1}"#,
+        ] {
+            assert!(text.contains(expected), "{expected}\nis not in\n{text}");
+        }
+        assert!(!text.contains("other") && !text.contains("false"), "{text}");
+    }
+
+    #[test]
+    fn what_an_endpoint_cannot_do_is_refused_by_name() {
+        let of = |request: Request| body(&request, "there").unwrap_err();
+        let user = || vec![message(Role::User, "x", "")];
+        let resumed = Request { resume: vec![1], ..request(Sampling::default(), user(), "") };
+        assert_eq!(of(resumed).param.as_deref(), Some("resume"));
+        let two = of(request(Sampling::default(), user(), r#"{"n":2}"#));
+        assert_eq!((two.kind, two.param.as_deref()), (RefusalKind::UnsupportedField, Some("n")));
+        assert_eq!(of(request(Sampling::default(), user(), "[]")).kind, RefusalKind::InvalidField);
+        let bad = vec![message(Role::User, "x", "{")];
+        assert_eq!(of(request(Sampling::default(), bad, "")).param.as_deref(), Some("messages[0]"));
+    }
+}
