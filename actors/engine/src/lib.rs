@@ -28,6 +28,9 @@ mod engine;
 mod error;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
+#[cfg(feature = "gpu")]
+#[allow(unsafe_code)] // kernels that do not check their indices, and what wgpu does not tell of an adapter
+mod gpu;
 mod inspect;
 #[allow(unsafe_code)] // intrinsics, and threads that write parts of one slice
 mod kernels;

@@ -3,12 +3,12 @@ use crate::gguf::tiny::{Meta, Sizes, Tiny, VOCABULARY, llama, numbers};
 
 fn load(tiny: &Tiny, slots: u32) -> Result<Model, String> {
     let gguf = Gguf::from_bytes(tiny.bytes()).map_err(|error| error.to_string())?;
-    load_onto(Device::flex(), Arc::new(gguf), &ModelOptions { slots, ..ModelOptions::default() })
+    load_onto(Place::Cpu, Arc::new(gguf), &ModelOptions { slots, ..ModelOptions::default() })
 }
 
 /// With an equal share of blocks for each slot.
-fn load_onto(device: Device, gguf: Arc<Gguf>, options: &ModelOptions) -> Result<Model, String> {
-    let placement = Placement { device, backend: String::new(), numerics: String::new() };
+fn load_onto(place: Place, gguf: Arc<Gguf>, options: &ModelOptions) -> Result<Model, String> {
+    let placement = Placement { place, backend: String::new(), numerics: String::new() };
     let mut model = Model::load(gguf, placement, options).map_err(|error| error.to_string())?;
     (0..options.slots).for_each(|slot| model.assign_share(slot).unwrap());
     Ok(model)
@@ -230,8 +230,8 @@ mod gpu {
             println!("{name} on {}, {}", found.backend, found.numerics);
             let gguf = Arc::new(gguf);
             let options = ModelOptions { slots: 4, context_length: Some(512), ..ModelOptions::default() };
-            let open = |device| load_onto(device, Arc::clone(&gguf), &options).unwrap();
-            let pair = Self { name: name.into(), gpu: open(found.device), cpu: open(Device::flex()), worst: 0.0 };
+            let open = |place| load_onto(place, Arc::clone(&gguf), &options).unwrap();
+            let pair = Self { name: name.into(), gpu: open(found.place), cpu: open(Place::Cpu), worst: 0.0 };
             Some(pair)
         }
 

@@ -1,0 +1,210 @@
+//! Kernels against plain arithmetic, on whatever adapter there is.
+
+use cubecl::prelude::*;
+use half::f16;
+
+use super::forms::Form;
+use super::kernels;
+use super::matrix::Matrix;
+use super::*;
+use crate::dequantize::Format;
+use crate::gguf::tiny::{Tiny, TinyTensor};
+use crate::model::weights::{Order, Part};
+
+const FORMATS: [Format; 11] = [
+    Format::F32,
+    Format::F16,
+    Format::Bf16,
+    Format::Q4_0,
+    Format::Q4_1,
+    Format::Q5_0,
+    Format::Q5_1,
+    Format::Q8_0,
+    Format::Q4K,
+    Format::Q5K,
+    Format::Q6K,
+];
+
+/// The adapter; a word where there is none.
+pub(super) fn card() -> Option<Card> {
+    let card = Card::find(true);
+    match &card {
+        Some(card) => println!("on {card:?}"),
+        None => println!("skipped: no graphics adapter, not even a software one"),
+    }
+    card
+}
+
+/// Numbers that are not in order (SplitMix64).
+pub(super) fn random(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed;
+    move || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+/// From -1 to 1.
+pub(super) fn floats(seed: u64, count: usize) -> Vec<f32> {
+    let mut next = random(seed);
+    (0..count).map(|_| (next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
+}
+
+/// Blocks of any codes. Scales have all signs and sizes, of which some are subnormal.
+fn blocks(format: Format, seed: u64, weights: usize) -> Vec<u8> {
+    let mut next = random(seed);
+    let count = weights / format.block_weights();
+    let mut bytes: Vec<u8> = (0..count * format.block_bytes()).map(|_| next() as u8).collect();
+    let halves: &[usize] = match format {
+        Format::Q4_0 | Format::Q5_0 | Format::Q8_0 | Format::F16 => &[0],
+        Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
+        Format::Q6K => &[208],
+        Format::F32 | Format::Bf16 => &[],
+    };
+    for block in bytes.chunks_exact_mut(format.block_bytes()) {
+        for at in halves {
+            let value = match next() % 4 {
+                0 => f16::from_bits((next() & 0x83ff) as u16),
+                _ => f16::from_f32((next() % 2001) as f32 / 1000.0 - 1.0),
+            };
+            block[*at..at + 2].copy_from_slice(&value.to_le_bytes());
+        }
+        let value = (next() % 2001) as f32 / 1000.0 - 1.0;
+        match format {
+            Format::F32 => block.copy_from_slice(&value.to_le_bytes()),
+            Format::Bf16 => block.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+            _ => {}
+        }
+    }
+    bytes
+}
+
+/// A file with one matrix, the rows of its weights as numbers, and the part of it.
+fn matrix(format: Format, inputs: usize, outputs: usize) -> (Gguf, Vec<f32>, Part) {
+    let bytes = blocks(format, inputs as u64, inputs * outputs);
+    let mut values = vec![0.0; inputs * outputs];
+    format.dequantize(&bytes, &mut values);
+    let mut tiny = Tiny::default();
+    let dimensions = vec![inputs as u64, outputs as u64];
+    tiny.tensors.push(TinyTensor { name: "m.weight".into(), dimensions, format: format.number(), bytes });
+    (Gguf::from_bytes(tiny.bytes()).unwrap(), values, Part::whole("m".into(), inputs, outputs))
+}
+
+/// Nothing is rounded on the way to a card and out of its words, subnormal scales included.
+#[test]
+fn a_cards_weights_are_the_files_bit_for_bit() {
+    let Some(card) = card() else { return };
+    for format in FORMATS {
+        let (inputs, rows) = (512, 3);
+        let stored = blocks(format, 7, inputs * rows);
+        let mut due = vec![0.0f32; inputs * rows];
+        format.dequantize(&stored, &mut due);
+        let form = Form::of(format);
+        let (words, scales) = form.words(inputs);
+        let (mut of_codes, mut of_scales) = (vec![0u32; words * rows], vec![0u32; scales * rows]);
+        for (n, row) in stored.chunks_exact(stored.len() / rows).enumerate() {
+            form.pack(format, row, &mut of_codes[n * words..][..words], &mut of_scales[n * scales..][..scales]);
+        }
+        let (codes, scales, out) = (card.words(&of_codes), card.words(&of_scales), card.room(inputs * rows));
+        let count = inputs * rows / 8;
+        // SAFETY: the buffers have the sizes that the form says.
+        unsafe {
+            kernels::unpack_rows::launch_unchecked(
+                &card.client,
+                CubeCount::Static(count.div_ceil(64) as u32, 1, 1),
+                CubeDim::new_1d(64),
+                codes.arg(),
+                scales.arg(),
+                out.arg(),
+                (inputs / 8) as u32,
+                count as u32,
+                form,
+            );
+        }
+        let got = card.read(&out).unwrap();
+        for (n, (got, due)) in got.iter().zip(&due).enumerate() {
+            assert_eq!(got, due, "{} weight {n}", format.name());
+        }
+    }
+}
+
+/// Products with few rows and with many, of every form, with a bias and added to what is there; the largest error is
+/// that of adding up so many numbers of 32 bits.
+#[test]
+fn products_are_those_of_plain_arithmetic() {
+    let Some(card) = card() else { return };
+    for format in FORMATS {
+        // No multiple of a workgroup's outputs, or of a tile.
+        let (inputs, outputs) = (if format.block_weights() == 1 { 88 } else { 768 }, 131);
+        let (gguf, weights, part) = matrix(format, inputs, outputs);
+        let bias = floats(3, outputs);
+        let plain = Matrix::load(&card, &gguf, std::slice::from_ref(&part), None).unwrap();
+        let biased = Matrix::load(&card, &gguf, &[part], Some(bias.clone())).unwrap();
+        let mut worst = 0.0f64;
+        for rows in [1usize, 2, 3, 7, 16, 17, 70] {
+            let room = rows.next_power_of_two();
+            let x = floats(rows as u64, room * inputs);
+            let before = floats(5, room * outputs);
+            let (on_card, out) = (card.floats(&x), card.floats(&before));
+            biased.apply(&card, &on_card, rows, &out, false);
+            let first = card.read(&out).unwrap();
+            plain.apply(&card, &on_card, rows, &out, true);
+            let second = card.read(&out).unwrap();
+            for row in 0..rows {
+                for output in 0..outputs {
+                    let products = || {
+                        let weights = &weights[output * inputs..][..inputs];
+                        let x = &x[row * inputs..][..inputs];
+                        weights.iter().zip(x).map(|(a, b)| f64::from(*a) * f64::from(*b))
+                    };
+                    let (sum, size) = (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
+                    let at = row * outputs + output;
+                    let bound = (inputs as f64 + 8.0) * 2f64.powi(-24) * (size + 2.0);
+                    let once = f64::from(bias[output]) + sum;
+                    let error = (f64::from(first[at]) - once).abs().max((f64::from(second[at]) - once - sum).abs());
+                    assert!(error <= 2.0 * bound, "{} row {row} of {rows}, output {output}: {error}", format.name());
+                    worst = worst.max(error / size.max(1e-9));
+                }
+            }
+            assert_eq!(second[rows * outputs..], before[rows * outputs..], "{}: behind {rows} rows", format.name());
+        }
+        println!("{}: largest error {worst:.1e} of the sum of the products' sizes", format.name());
+    }
+}
+
+/// What one buffer cannot hold lies in several.
+#[test]
+fn a_matrix_of_several_formats_and_orders_is_one() {
+    let Some(card) = card() else { return };
+    let (inputs, outputs) = (64, 48);
+    let mut tiny = Tiny::default();
+    let mut all = Vec::new();
+    for (name, format) in [("a", Format::Q8_0), ("b", Format::F16), ("c", Format::F16)] {
+        let bytes = blocks(format, name.as_bytes()[0].into(), inputs * outputs);
+        let mut values = vec![0.0; inputs * outputs];
+        format.dequantize(&bytes, &mut values);
+        let (name, dimensions) = (format!("{name}.weight"), vec![inputs as u64, outputs as u64]);
+        tiny.tensors.push(TinyTensor { name, dimensions, format: format.number(), bytes });
+        all.push(values);
+    }
+    let gguf = Gguf::from_bytes(tiny.bytes()).unwrap();
+    let pairs = Order::Pairs { head_size: 16 };
+    let parts = [
+        Part { order: pairs, ..Part::whole("a".into(), inputs, outputs) },
+        Part { first: 8, outputs: 16, ..Part::whole("b".into(), inputs, outputs) },
+        Part::whole("c".into(), inputs, outputs),
+    ];
+    let joined = Matrix::load(&card, &gguf, &parts, None).unwrap();
+    let x = floats(1, inputs);
+    let out = card.room(112);
+    joined.apply(&card, &card.floats(&x), 1, &out, false);
+    let got = card.read(&out).unwrap();
+    let rows = (0..48).map(|n| (0, pairs.row(n))).chain((8..24).map(|n| (1, n))).chain((0..48).map(|n| (2, n)));
+    for (n, (which, row)) in rows.enumerate() {
+        let due: f32 = all[which][row * inputs..][..inputs].iter().zip(&x).map(|(a, b)| a * b).sum();
+        assert!((got[n] - due).abs() < 1e-3 * due.abs().max(1.0), "output {n}: {} {due}", got[n]);
+    }
+}
