@@ -6,6 +6,7 @@
 
 use std::sync::Mutex;
 
+use cubecl::CubeElement;
 use cubecl::client::Client;
 use cubecl::device::WgpuDeviceKind;
 use cubecl::ir::{ElemType, FloatKind};
@@ -22,7 +23,10 @@ mod forms;
 mod kernels;
 mod matrix;
 #[cfg(test)]
+mod model_tests;
+#[cfg(test)]
 mod tests;
+mod tokens;
 
 pub(crate) use decoder::Decoder;
 
@@ -32,6 +36,8 @@ const ARITHMETIC: &str = "1";
 const CUBECL: &str = "0.11.3";
 /// Bytes that a step needs beside weights, keys and values, and what a driver keeps for itself.
 const OVERHEAD: u64 = 256 << 20;
+/// Numbers of rows whose products are programs of their own; more than the last have one together.
+pub(crate) const SHAPES: [u32; 6] = [1, 2, 4, 8, 16, 17];
 /// Launches that are handed to the driver at once. A step has some hundreds.
 const LAUNCHES: usize = 128;
 
@@ -98,6 +104,12 @@ pub(crate) fn load(
 }
 
 impl Buffer {
+    /// `count` of its numbers, of 32 bits, from `first` on.
+    fn part(&self, first: usize, count: usize) -> Self {
+        let behind = self.handle.size() - (first + count) as u64 * 4;
+        Self { handle: self.handle.clone().offset_start(first as u64 * 4).offset_end(behind), count }
+    }
+
     /// As an argument of a kernel.
     fn arg(&self) -> BufferArg {
         // SAFETY: it has so many numbers, or more.
@@ -173,12 +185,12 @@ impl Card {
     fn floats(&self, values: &[f32]) -> Buffer {
         // A buffer of nothing is none.
         let values = if values.is_empty() { &[0.0] } else { values };
-        self.buffer(values.len(), &values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
+        self.buffer(values.len(), f32::as_bytes(values))
     }
 
     fn words(&self, values: &[u32]) -> Buffer {
         let values = if values.is_empty() { &[0] } else { values };
-        self.buffer(values.len(), &values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
+        self.buffer(values.len(), u32::as_bytes(values))
     }
 
     /// Room for so many numbers of 32 bits; what stands there is not known.

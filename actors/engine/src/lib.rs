@@ -52,4 +52,4 @@ pub use spec::{
     DEFAULT_PACKED_LIMIT, DEFAULT_QUEUE, DEFAULT_READER_DEADLINE, DEFAULT_SLOTS, DeviceChoice, EngineSpec,
     ModelOptions, ModelSource, PackedCache,
 };
-pub use step_engine::{Capabilities, Logits, StepEngine, StepEntry};
+pub use step_engine::{Capabilities, Draw, Logits, Picked, StepEngine, StepEntry};

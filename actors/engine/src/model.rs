@@ -21,7 +21,7 @@ use crate::device::{Place, Placement};
 use crate::gguf::Gguf;
 use crate::kernels::{Activation, KV_BLOCK, Kernels, KvLayout, Row};
 use crate::spec::ModelOptions;
-use crate::{Capabilities, DeviceChoice, EngineError, Logits, StepEngine, StepEntry};
+use crate::{Capabilities, DeviceChoice, Draw, EngineError, Logits, Picked, StepEngine, StepEntry};
 
 pub(crate) mod architecture;
 mod attention;
@@ -299,12 +299,21 @@ impl StepEngine for Model {
     }
 
     fn step(&mut self, entries: &[StepEntry], want_logits: &[usize]) -> Result<Logits, EngineError> {
+        Ok(self.step_and_draw(entries, want_logits, &[])?.logits)
+    }
+
+    fn step_and_draw(
+        &mut self,
+        entries: &[StepEntry],
+        want_logits: &[usize],
+        draws: &[Option<Draw>],
+    ) -> Result<Picked, EngineError> {
         let checked = self.check(entries)?;
         if let Some(index) = want_logits.iter().find(|index| **index >= entries.len()) {
             return Err(EngineError::Step(format!("logits of entry {index}, of {}", entries.len())));
         }
         if entries.is_empty() {
-            return Ok(Logits::new(Vec::new(), self.hyperparameters.vocabulary));
+            return Ok(Picked { tokens: Vec::new(), logits: Logits::new(Vec::new(), self.hyperparameters.vocabulary) });
         }
         let x = self.embed(entries.iter().map(|entry| entry.token))?;
         let positions = || checked.rows.iter().map(|row| row.position as u32);
@@ -312,8 +321,11 @@ impl StepEngine for Model {
         let local = self.hyperparameters.local_rope_base.map(|_| self.rotary.1.at(positions()));
         let tables: Vec<&[u32]> = checked.slots.iter().map(|slot| self.slots[*slot].blocks.as_slice()).collect();
         let step = StepOfAll { rows: &checked.rows, tables: &tables, angles: (&global, local.as_ref()) };
-        let logits = match &mut self.compute {
-            Compute::Cpu(cpu) => cpu.step(&self.hyperparameters, x, &step, want_logits),
+        let picked = match &mut self.compute {
+            Compute::Cpu(cpu) => {
+                let logits = cpu.step(&self.hyperparameters, x, &step, want_logits);
+                Picked { tokens: vec![None; draws.len()], logits }
+            }
             #[cfg(feature = "gpu")]
             Compute::Gpu(decoder) => {
                 decoder.step(x, &step, want_logits).map_err(|why| EngineError::Step(format!("the device: {why}")))?
@@ -322,7 +334,15 @@ impl StepEngine for Model {
         for (slot, row) in checked.rows.iter().map(|row| (checked.slots[row.sequence], row)) {
             self.slots[slot].length = row.position + 1;
         }
-        Ok(logits)
+        Ok(picked)
+    }
+
+    fn shapes(&self) -> &[u32] {
+        match &self.compute {
+            Compute::Cpu(_) => &[],
+            #[cfg(feature = "gpu")]
+            Compute::Gpu(_) => &crate::gpu::SHAPES,
+        }
     }
 
     fn release(&mut self, slot: u32) {

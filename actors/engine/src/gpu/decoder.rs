@@ -5,14 +5,15 @@ use half::f16;
 
 use super::kernels::{self, HeadShape, NormInto, ROW_PLAN};
 use super::matrix::{Matrix, bytes_of, grid};
+use super::tokens::{check, choose};
 use super::{Buffer, Card};
 use crate::gguf::{Gguf, GgufError};
 use crate::kernels::{Activation, KV_BLOCK, Row};
 use crate::model::architecture::Family;
 use crate::model::rotary::Angles;
-use crate::model::weights::{all_parts, bias_of, layer_parts, output_part, values};
+use crate::model::weights::{Part, all_parts, bias_of, layer_parts, output_part, values};
 use crate::model::{Hyperparameters, StepOfAll};
-use crate::{EngineError, Logits};
+use crate::{Draw, EngineError, Logits, Picked};
 
 /// Workgroups that keep a large card busy; with fewer, sequences are split.
 const BUSY: usize = 256;
@@ -64,6 +65,36 @@ impl std::fmt::Debug for Decoder {
     }
 }
 
+impl Layer {
+    fn load(card: &Card, gguf: &Gguf, model: &Hyperparameters, n: usize, blocks: usize) -> Result<Self, GgufError> {
+        let name = |part: &str| format!("blk.{n}.{part}.weight");
+        let norm = |part: &str| Ok(card.floats(&values(gguf, &name(part), &[model.embedding])?));
+        let post = |part: &str| (model.family == Family::Gemma3).then(|| norm(part)).transpose();
+        let matrix = |parts: &[Part]| Matrix::load(card, gguf, parts, bias_of(gguf, parts)?);
+        let mut head_norms = Vec::new();
+        if model.norms_heads() {
+            head_norms = values(gguf, &name("attn_q_norm"), &[model.head_size])?;
+            head_norms.extend(values(gguf, &name("attn_k_norm"), &[model.head_size])?);
+        }
+        let width = blocks * KV_BLOCK * model.kv_heads * model.head_size;
+        let kv = || Buffer { handle: card.client.empty(width * card.kv_bytes()), count: width };
+        let parts = layer_parts(model, n);
+        Ok(Self {
+            attention_norm: norm("attn_norm")?,
+            query_key_value: matrix(&parts.query_key_value)?,
+            head_norms: card.floats(&head_norms),
+            attention_output: matrix(&[parts.attention_output])?,
+            post_attention_norm: post("post_attention_norm")?,
+            feed_forward_norm: norm("ffn_norm")?,
+            gate_up: matrix(&[parts.gate, parts.up])?,
+            down: matrix(&[parts.down])?,
+            post_feed_forward_norm: post("post_ffw_norm")?,
+            keys: kv(),
+            values: kv(),
+        })
+    }
+}
+
 impl Decoder {
     /// Bytes that one block of keys and values takes in all layers. Sizes are still only the file's word here.
     pub fn block_bytes(card: &Card, model: &Hyperparameters) -> u64 {
@@ -85,7 +116,6 @@ impl Decoder {
     }
 
     pub fn load(card: Card, gguf: &Gguf, model: &Hyperparameters, blocks: usize) -> Result<Self, EngineError> {
-        let damaged = |why| EngineError::Gguf { path: gguf.path().into(), why };
         let share = model.heads / model.kv_heads;
         // A workgroup's own memory: queries, scores, and what adds up sums.
         let shared = 4 * (share * (model.head_size + 64 + 8) + 128);
@@ -96,53 +126,28 @@ impl Decoder {
                 hint: "on this GPU widths of 4, 8, 12 … are, and queries that its workgroups have memory for".into(),
             });
         }
-        let decoder = Self::load_parts(card, gguf, model, blocks).map_err(damaged)?;
-        // What does not fit is refused now, not in the first answer.
-        decoder
-            .card
-            .sync()
-            .map_err(|why| EngineError::Device(format!("{:?} did not take the model: {why}", decoder.card)))?;
-        Ok(decoder)
+        // They stay as long as the model, so they get memory of exactly their size.
+        let load = |card: Card| Self::load_parts(card, gguf, model, blocks);
+        card.client.clone().memory_persistent_allocation(card, load)
     }
 
-    fn load_parts(card: Card, gguf: &Gguf, model: &Hyperparameters, blocks: usize) -> Result<Self, GgufError> {
-        let Hyperparameters { embedding, head_size, family, .. } = *model;
-        let width = blocks * KV_BLOCK * model.kv_heads * head_size;
-        let load = |_: ()| {
-            let layers = (0..model.layers).map(|n| {
-                let name = |part: &str| format!("blk.{n}.{part}.weight");
-                let norm = |part: &str| Ok(card.floats(&values(gguf, &name(part), &[embedding])?));
-                let post = |part: &str| (family == Family::Gemma3).then(|| norm(part)).transpose();
-                let matrix = |parts: &[_]| Matrix::load(&card, gguf, parts, bias_of(gguf, parts)?);
-                let mut head_norms = Vec::new();
-                if model.norms_heads() {
-                    head_norms = values(gguf, &name("attn_q_norm"), &[head_size])?;
-                    head_norms.extend(values(gguf, &name("attn_k_norm"), &[head_size])?);
-                }
-                let parts = layer_parts(model, n);
-                let kv = || Buffer { handle: card.client.empty(width * card.kv_bytes()), count: width };
-                Ok(Layer {
-                    attention_norm: norm("attn_norm")?,
-                    query_key_value: matrix(&parts.query_key_value)?,
-                    head_norms: card.floats(&head_norms),
-                    attention_output: matrix(&[parts.attention_output])?,
-                    post_attention_norm: post("post_attention_norm")?,
-                    feed_forward_norm: norm("ffn_norm")?,
-                    gate_up: matrix(&[parts.gate, parts.up])?,
-                    down: matrix(&[parts.down])?,
-                    post_feed_forward_norm: post("post_ffw_norm")?,
-                    keys: kv(),
-                    values: kv(),
-                })
-            });
-            let layers = layers.collect::<Result<Vec<_>, GgufError>>()?;
-            let output_norm = card.floats(&values(gguf, "output_norm.weight", &[embedding])?);
-            let output = Matrix::load(&card, gguf, &[output_part(gguf, model)], None)?;
-            Ok((layers, output_norm, output))
+    fn load_parts(card: Card, gguf: &Gguf, model: &Hyperparameters, blocks: usize) -> Result<Self, EngineError> {
+        let damaged = |why| EngineError::Gguf { path: gguf.path().into(), why };
+        // What does not fit is refused now, not in the first answer; and no more of the file waits in memory than what
+        // a layer has.
+        let arrived = || {
+            let refused = |why| EngineError::Device(format!("{card:?} did not take the model: {why}"));
+            card.sync().map_err(refused)
         };
-        // They stay as long as the model, so they get memory of exactly their size.
-        let (layers, output_norm, output) = card.client.memory_persistent_allocation((), load)?;
-        Ok(Self { model: model.clone(), card, layers, output_norm, output, scratch: None })
+        let mut layers = Vec::new();
+        for number in 0..model.layers {
+            layers.push(Layer::load(&card, gguf, model, number, blocks).map_err(damaged)?);
+            arrived()?;
+        }
+        let weight = values(gguf, "output_norm.weight", &[model.embedding]).map_err(damaged)?;
+        let output = Matrix::load(&card, gguf, &[output_part(gguf, model)], None).map_err(damaged)?;
+        arrived()?;
+        Ok(Self { model: model.clone(), output_norm: card.floats(&weight), card, layers, output, scratch: None })
     }
 
     pub fn card(&self) -> &Card {
@@ -175,21 +180,40 @@ impl Decoder {
         &self.scratch.as_ref().expect("it was made, or was there").1
     }
 
-    /// The logits of the `wanted` rows of a step, whose residual stream is `x`.
-    pub fn step(&mut self, x: Vec<f32>, step: &StepOfAll<'_>, wanted: &[usize]) -> Result<Logits, String> {
+    /// A step, whose residual stream is `x`: for each `wanted` row its token, where `draws` says how that is chosen, or
+    /// its logits.
+    pub fn step(
+        &mut self,
+        x: Vec<f32>,
+        step: &StepOfAll<'_>,
+        wanted: &[usize],
+        draws: &[Option<Draw>],
+    ) -> Result<Picked, String> {
         let rows = step.rows.len();
         let width = self.model.vocabulary;
         let x = self.layers(x, step);
         if wanted.is_empty() {
             // What a card is told to do it does later: without this, steps would seem to take no time, and pile up.
             self.card.sync()?;
-            return Ok(Logits::new(Vec::new(), width));
+            return Ok(Picked { tokens: Vec::new(), logits: Logits::new(Vec::new(), width) });
         }
         let scores = self.scores(&x, rows, wanted);
-        let mut values = self.card.read(&scores)?;
-        values.truncate(wanted.len() * width);
+        let tokens = if draws.iter().any(Option::is_some) {
+            choose(&self.card, &scores, width, draws)?
+        } else {
+            vec![None; wanted.len()]
+        };
+        let mut values = Vec::new();
+        if tokens.iter().all(Option::is_none) {
+            values = self.card.read(&scores)?;
+            values.truncate(wanted.len() * width);
+        } else {
+            for row in tokens.iter().enumerate().filter(|(_, token)| token.is_none()).map(|(row, _)| row) {
+                values.extend(self.card.read(&scores.part(row * width, width))?);
+            }
+        }
         check(&values, width)?;
-        Ok(Logits::new(values, width))
+        Ok(Picked { tokens, logits: Logits::new(values, width) })
     }
 
     /// Logits of the `wanted` rows of the residual stream, with room for the next power of two.
@@ -372,28 +396,4 @@ fn plan(rows: &[Row], tables: &[&[u32]]) -> Vec<u32> {
         [place as u32, starts[row.sequence], row.sees as u32]
     };
     rows.iter().flat_map(of_row).chain(tables.iter().copied().flatten().copied()).collect()
-}
-
-/// Refuses logits that nobody computed.
-///
-/// A kernel that fails on the device's own thread can leave memory untouched and say nothing. Such rows are all of one
-/// number, or no numbers, and must not become an answer.
-fn check(values: &[f32], width: usize) -> Result<(), String> {
-    let nothing = |row: &[f32]| row.iter().all(|x| *x == row[0]) || row.iter().all(|x| x.is_nan());
-    match values.chunks_exact(width).any(nothing) {
-        true => Err("the device computed nothing: it was lost, or its driver failed".into()),
-        false => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_lost_device_leaves_is_no_answer() {
-        assert!(check(&[0.0, 1.0, 0.5, -1.0], 2).is_ok());
-        assert!(check(&[0.0, 1.0, 0.0, 0.0], 2).is_err());
-        assert!(check(&[f32::NAN, f32::NAN], 2).is_err());
-    }
 }

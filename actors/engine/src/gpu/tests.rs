@@ -169,7 +169,10 @@ fn products_are_those_of_plain_arithmetic() {
                     worst = worst.max(error / size.max(1e-9));
                 }
             }
-            assert_eq!(second[rows * outputs..], before[rows * outputs..], "{}: behind {rows} rows", format.name());
+            // Few rows are computed in powers of two, many are cut off.
+            if rows > kernels::FEW {
+                assert_eq!(second[rows * outputs..], before[rows * outputs..], "{}: behind {rows} rows", format.name());
+            }
         }
         println!("{}: largest error {worst:.1e} of the sum of the products' sizes", format.name());
     }
@@ -206,5 +209,82 @@ fn a_matrix_of_several_formats_and_orders_is_one() {
     for (n, (which, row)) in rows.enumerate() {
         let due: f32 = all[which][row * inputs..][..inputs].iter().zip(&x).map(|(a, b)| a * b).sum();
         assert!((got[n] - due).abs() < 1e-3 * due.abs().max(1.0), "output {n}: {} {due}", got[n]);
+    }
+}
+
+/// Tokens chosen on the card are those that the sampler chooses from the same scores. The card adds up weights as
+/// 32-bit floats and draws with 24 bits, the sampler with whole numbers: a draw may fall to the other side where two
+/// tokens meet, which is once in some thousands (allowed: one in a hundred).
+#[test]
+fn a_card_chooses_what_the_sampler_chooses() {
+    use ingle_protocol::wire::v1::Sampling;
+
+    use crate::sampler::{Place, Sampler, draw_of};
+
+    let Some(card) = card() else { return };
+    let (width, rows) = (5_000, 16);
+    let (mut drawn, mut others, mut left) = (0, 0, 0);
+    let settings = [
+        (0.0, 0, 1.0, 0.0),
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 40, 1.0, 0.0),
+        (1.0, 0, 0.9, 0.0),
+        (0.8, 40, 0.95, 0.05),
+        (1.3, 0, 1.0, 0.1),
+        (1.0, 1, 1.0, 0.0),
+        (0.6, 3, 0.5, 0.0),
+    ];
+    for (number, (temperature, top_k, top_p, min_p)) in settings.into_iter().enumerate() {
+        // Some far above the rest, as models have it; two of one score; one that is no number.
+        let mut scores: Vec<f32> = floats(number as u64, width * rows).into_iter().map(|x| x.powi(5) * 14.0).collect();
+        for row in scores.chunks_exact_mut(width) {
+            (row[7], row[4_000]) = (13.9, 13.9);
+            row[100] = f32::NAN;
+        }
+        let buffer = card.floats(&scores);
+        for round in 0..8u32 {
+            let of = |row: usize| Sampling {
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                seed: number as u64 * 1_000 + row as u64,
+                ..Sampling::default()
+            };
+            let draws: Vec<_> = (0..rows).map(|row| draw_of(&of(row), round, false)).collect();
+            let got = super::tokens::choose(&card, &buffer, width, &draws).unwrap();
+            let mut sampler = Sampler::new(&crate::echo::EchoCodec::default());
+            let answer = vec![1; round as usize];
+            for (row, got) in got.into_iter().enumerate() {
+                let logits = &scores[row * width..][..width];
+                let sampling = of(row);
+                let place = Place { logits, sampling: &sampling, tokens: &answer, prompt: 0, mask: None };
+                let due = sampler.choose(place).unwrap().id;
+                drawn += 1;
+                match got {
+                    None => left += 1,
+                    Some(id) if id != due => {
+                        assert!(temperature > 0.0 && top_k != 1, "the likeliest is {due}, not {id}");
+                        others += 1;
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+    }
+    println!("of {drawn} tokens {others} were others than the sampler's, {left} were left to it");
+    assert!(others * 100 <= drawn && left * 4 <= drawn, "{others} and {left} of {drawn}");
+}
+
+/// What nobody computed is no token; what is too even for a workgroup's memory is the host's.
+#[test]
+fn rows_that_a_card_cannot_choose_from_are_told() {
+    let Some(card) = card() else { return };
+    let draw = crate::Draw { inverse_temperature: 1.0, top_k: 0, top_p: 0.99, min_p: 0.0, random: 1 << 63 };
+    let even: Vec<f32> = floats(1, 4_000).into_iter().map(|x| x / 100.0).collect();
+    assert_eq!(super::tokens::choose(&card, &card.floats(&even), 4_000, &[Some(draw)]), Ok(vec![None]));
+    for lost in [0.0, f32::NAN] {
+        let row = card.floats(&vec![lost; 4_000]);
+        assert!(super::tokens::choose(&card, &row, 4_000, &[Some(draw)]).is_err(), "{lost}");
     }
 }
