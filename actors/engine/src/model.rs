@@ -327,9 +327,9 @@ impl StepEngine for Model {
                 Picked { tokens: vec![None; draws.len()], logits }
             }
             #[cfg(feature = "gpu")]
-            Compute::Gpu(decoder) => {
-                decoder.step(x, &step, want_logits).map_err(|why| EngineError::Step(format!("the device: {why}")))?
-            }
+            Compute::Gpu(decoder) => decoder
+                .step(x, &step, want_logits, draws)
+                .map_err(|why| EngineError::Step(format!("the device: {why}")))?,
         };
         for (slot, row) in checked.rows.iter().map(|row| (checked.slots[row.sequence], row)) {
             self.slots[slot].length = row.position + 1;

@@ -50,8 +50,7 @@ pub(super) fn unpack(
         let groups = chunks / 4usize;
         let group = chunk / 4usize;
         let quarter = chunk % 4usize;
-        let line = Array::<f32>::new(2usize);
-        let mut line = line;
+        let mut line = Array::<f32>::new(2usize);
         scale(scales, row, groups, group, quarter, &mut line, form);
         let (factor, summand) = (line[0], line[1]);
         let each = comptime!(form.bits as usize);
