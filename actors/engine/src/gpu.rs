@@ -50,6 +50,8 @@ pub(crate) struct Card {
     driver: String,
     /// Bytes of its own memory, where its driver says so.
     memory: Option<u64>,
+    /// Its kernels know numbers of half precision.
+    halves: bool,
 }
 
 impl std::fmt::Debug for Card {
@@ -143,34 +145,31 @@ impl Card {
         let setup = cubecl::wgpu::try_init_setup::<AutoGraphicsApi>(&device, options).ok()?;
         let client = cubecl::Device::Wgpu(device).client();
         let info = setup.adapter.get_info();
+        let halves = client.properties().supports_type(ElemType::Float(FloatKind::F16));
         let card = Self {
             client,
             name: info.name.clone(),
             driver: format!("{:?} {} {}", info.backend, info.driver, info.driver_info).trim().to_lowercase(),
             memory: memory_of(&setup),
+            halves,
         };
         Some((info.device_type == wgpu::DeviceType::Cpu, card))
     }
 
     /// What it is, in words.
     pub fn backend(&self) -> String {
-        format!("gpu ({}, {})", self.name, if self.halves() { "keys and values in f16" } else { "f32" })
+        format!("gpu ({}, {})", self.name, if self.halves { "keys and values in f16" } else { "f32" })
     }
 
     /// The numerics class.
     pub fn numerics(&self) -> String {
-        let kv = if self.halves() { "f16" } else { "f32" };
+        let kv = if self.halves { "f16" } else { "f32" };
         format!("gpu-{ARITHMETIC}-cubecl-{CUBECL}-{kv}-{}-{}", self.name, self.driver).replace(' ', "_")
-    }
-
-    /// Whether its kernels know numbers of half precision.
-    fn halves(&self) -> bool {
-        self.client.properties().supports_type(ElemType::Float(FloatKind::F16))
     }
 
     /// Bytes of one number of a key or value.
     fn kv_bytes(&self) -> usize {
-        if self.halves() { 2 } else { 4 }
+        if self.halves { 2 } else { 4 }
     }
 
     /// Bytes of one buffer at most.

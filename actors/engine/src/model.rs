@@ -105,7 +105,8 @@ impl Model {
             Place::Cpu => {
                 let (cpu, blocks) = OnCpu::load(&gguf, &hyperparameters, fitting, options)?;
                 let kernels = &cpu.kernels;
-                let backend = format!("cpu ({}, {} threads)", kernels.instruction_set().name(), kernels.threads());
+                let backend =
+                    format!("{backend} ({}, {} threads)", kernels.instruction_set().name(), kernels.threads());
                 let numerics = format!("{numerics}-{:?}", options.kv_type).to_lowercase();
                 (Compute::Cpu(Box::new(cpu)), blocks, backend, numerics)
             }

@@ -60,7 +60,7 @@ impl Logits {
     }
 }
 
-/// How the next token is drawn where nothing but its scores has a say; see [`crate::sampler`] for the meaning of each.
+/// How the next token is drawn where nothing but its scores has a say, in the sampler's terms.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Draw {
     /// 1 ÷ temperature; 0 takes the likeliest token, and nothing below applies.

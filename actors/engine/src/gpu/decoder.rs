@@ -260,7 +260,7 @@ impl Decoder {
             layer.query_key_value.apply(card, normed, rows, qkv, false);
             let angles = local.as_ref().filter(|_| !model.is_global(number)).unwrap_or(&global);
             let window = model.window_of(number);
-            match card.halves() {
+            match card.halves {
                 true => self.attend::<f16>(layer, (rows, seen, window), qkv, angles, &plan, attended),
                 false => self.attend::<f32>(layer, (rows, seen, window), qkv, angles, &plan, attended),
             }

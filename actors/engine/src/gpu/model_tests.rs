@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use super::Card;
 use super::tests::card;
 use crate::device::{Place, Placement};
 use crate::gguf::Gguf;
@@ -56,13 +57,17 @@ struct Pair {
 
 impl Pair {
     fn open(name: &str, on_card: Gguf, on_cpu: Gguf) -> Option<Self> {
+        Some(Self::open_on(card()?, name, on_card, on_cpu))
+    }
+
+    fn open_on(card: Card, name: &str, on_card: Gguf, on_cpu: Gguf) -> Self {
         let options = ModelOptions { slots: 4, context_length: Some(512), ..ModelOptions::default() };
         let open = |gguf, place| {
             let placement = Placement { place, backend: String::new(), numerics: String::new() };
             Model::load(Arc::new(gguf), placement, &options).unwrap()
         };
-        let (gpu, cpu) = (open(on_card, Place::Gpu(card()?)), open(on_cpu, Place::Cpu));
-        Some(Self { name: name.into(), gpu, cpu, worst: 0.0 })
+        let (gpu, cpu) = (open(on_card, Place::Gpu(card)), open(on_cpu, Place::Cpu));
+        Self { name: name.into(), gpu, cpu, worst: 0.0 }
     }
 
     fn assign(&mut self, slot: u32, blocks: &[u32], length: u32) {
@@ -122,6 +127,11 @@ fn steps_of_every_shape_give_what_the_cpu_gives() {
     let gguf = || Gguf::from_bytes(llama(sizes).bytes()).unwrap();
     if let Some(pair) = Pair::open("llama of 5 heads", gguf(), gguf()) {
         walk(pair, VOCABULARY as u32);
+    }
+    // As on a card that knows no half precision.
+    if let Some(card) = card() {
+        let card = Card { halves: false, ..card };
+        walk(Pair::open_on(card, "llama with 32-bit keys", gguf(), gguf()), VOCABULARY as u32);
     }
     let folder = tempfile::tempdir().unwrap();
     // Biases; norms of heads; windows, two bases and norms behind; joined weights and windows everywhere.

@@ -178,7 +178,7 @@ fn products_are_those_of_plain_arithmetic() {
     }
 }
 
-/// What one buffer cannot hold lies in several.
+/// Parts of several formats, turned and cut out of larger ones, stand side by side.
 #[test]
 fn a_matrix_of_several_formats_and_orders_is_one() {
     let Some(card) = card() else { return };
@@ -286,5 +286,22 @@ fn rows_that_a_card_cannot_choose_from_are_told() {
     for lost in [0.0, f32::NAN] {
         let row = card.floats(&vec![lost; 4_000]);
         assert!(super::tokens::choose(&card, &row, 4_000, &[Some(draw)]).is_err(), "{lost}");
+    }
+}
+
+/// What a card has no memory for is refused with the numbers, before anything is sent there.
+#[test]
+fn a_model_that_a_card_has_no_memory_for_is_refused() {
+    let Some(card) = card() else { return };
+    let small = Card { memory: Some(1 << 20), ..card };
+    let gguf = Gguf::from_bytes(crate::gguf::tiny::llama(crate::gguf::tiny::Sizes::default()).bytes()).unwrap();
+    let model = Hyperparameters::from_gguf(&gguf).unwrap();
+    let refused = load(small, &gguf, &model, (1, |_| 1), &ModelOptions::default()).map(|_| ());
+    match refused {
+        Err(EngineError::CardMemory { needed, weights, kv, has, .. }) => {
+            assert!(weights > 0 && kv > 0 && has == 1 << 20, "{weights} {kv} {has}");
+            assert_eq!(needed, weights + kv + OVERHEAD);
+        }
+        other => panic!("{other:?}"),
     }
 }
