@@ -77,7 +77,7 @@ PYTHON
 
 beside=0
 if command -v llama-bench >/dev/null; then
-    say 'llama.cpp, the same files (its weights have the precision of the file, on a GPU ours have 32 bits)'
+    say 'llama.cpp, the same files (both keep the weights in the precision of the file)'
     for file in "$default" "$random"; do
         llama-bench -m "$file" -p 512 -n 128 -ngl 99 && beside=1
     done

@@ -7,7 +7,6 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Device, Tensor};
 use serde::Serialize;
 
 use crate::kernels::Kernels;
@@ -27,10 +26,9 @@ const ROUNDS: u32 = 3;
 /// Larger than the caches of any home computer.
 const SWEPT_BYTES: usize = 256 << 20;
 
-/// On a device the same in so many parts,
-const DEVICE_PARTS: usize = 4;
-/// and so many times, so that waiting for the last does not count.
-const DEVICE_SWEEPS: usize = 8;
+/// On a card the same so many times, so that waiting for the last does not count.
+#[cfg(feature = "gpu")]
+const CARD_SWEEPS: usize = 8;
 
 /// What was measured.
 #[derive(Debug, Clone, Serialize)]
@@ -55,7 +53,7 @@ pub struct BenchReport {
     pub memory_bytes: Option<u64>,
     /// What of it is not shared with other processes that have the same model.
     pub private_memory_bytes: Option<u64>,
-    /// Sequential reading on all threads; on a device reading and writing at once.
+    /// Sequential reading on all threads; on a card reading and writing at once.
     pub memory_bandwidth_bytes_per_second: Option<f64>,
     /// Multiplications of 8-bit numbers on all threads.
     pub multiplications_per_second: Option<f64>,
@@ -157,9 +155,13 @@ pub fn bench(
         report.prompt_limit_tokens_per_second = Some(prompt_limit);
         report.decode_share_of_limit = report.decode_tokens_per_second.get(&1).map(|rate| rate / decode_limit);
         report.prompt_share_of_limit = Some(prompt_rate / prompt_limit);
-    } else {
-        progress("measuring the device's memory");
-        let bandwidth = device_bandwidth(model.device())?;
+    }
+    #[cfg(feature = "gpu")]
+    if let Some(card) = model.card() {
+        progress("measuring the card's memory");
+        let bandwidth = card
+            .bandwidth(SWEPT_BYTES, CARD_SWEEPS, ROUNDS)
+            .map_err(|why| EngineError::Step(format!("the device: {why}")))?;
         let limit = bandwidth / report.weight_bytes as f64;
         report.memory_bandwidth_bytes_per_second = Some(bandwidth);
         report.decode_limit_tokens_per_second = Some(limit);
@@ -196,26 +198,6 @@ fn bandwidth(kernels: &mut Kernels) -> f64 {
         best = best.min(started.elapsed().as_secs_f64());
     }
     SWEPT_BYTES as f64 / best
-}
-
-/// Bytes a second that a device reads and writes: numbers are added to in place.
-fn device_bandwidth(device: &Device) -> Result<f64, EngineError> {
-    // Some, as devices limit how large one may be; together larger than any cache.
-    let count = SWEPT_BYTES / 4 / DEVICE_PARTS;
-    let mut parts: Vec<Tensor<1>> = (0..DEVICE_PARTS).map(|_| Tensor::ones([count], device)).collect();
-    let sync = || device.sync().map_err(|why| EngineError::Step(format!("the device: {why}")));
-    let mut best = f64::MAX;
-    // The first round compiles the kernel.
-    for _ in 0..=ROUNDS {
-        sync()?;
-        let started = Instant::now();
-        for _ in 0..DEVICE_SWEEPS {
-            parts = parts.into_iter().map(|part| part + 1.0).collect();
-        }
-        sync()?;
-        best = best.min(started.elapsed().as_secs_f64());
-    }
-    Ok((2 * SWEPT_BYTES * DEVICE_SWEEPS) as f64 / best)
 }
 
 #[cfg(all(test, feature = "gpu"))]

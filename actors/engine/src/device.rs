@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use burn::tensor::Device;
-
 use crate::echo::{Echo, EchoCodec};
 use crate::gguf::Gguf;
 use crate::model::Model;
@@ -12,14 +10,19 @@ use crate::{DeviceChoice, EngineError, EngineSpec, ModelSource, StepEngine};
 
 /// Engines whose CPU kernels give the same bits; to be raised when their arithmetic changes.
 const CPU_NUMERICS: &str = "cpu-1";
-/// The version of burn that is built in, for the numerics class of its devices.
-#[cfg(feature = "gpu")]
-const BURN: &str = "0.22.1";
+
+/// What computes.
+#[derive(Debug)]
+pub(crate) enum Place {
+    Cpu,
+    #[cfg(feature = "gpu")]
+    Gpu(crate::gpu::Card),
+}
 
 /// Where a model computes.
 #[derive(Debug)]
 pub(crate) struct Placement {
-    pub device: Device,
+    pub place: Place,
     /// In words.
     pub backend: String,
     /// The numerics class.
@@ -77,11 +80,7 @@ pub(crate) fn choose(choice: DeviceChoice) -> Result<Placement, EngineError> {
             Some(gpu(true).ok_or_else(|| EngineError::Device(why.into()))?)
         }
     };
-    Ok(found.unwrap_or_else(|| Placement {
-        device: Device::flex(),
-        backend: "cpu".into(),
-        numerics: CPU_NUMERICS.into(),
-    }))
+    Ok(found.unwrap_or_else(|| Placement { place: Place::Cpu, backend: "cpu".into(), numerics: CPU_NUMERICS.into() }))
 }
 
 #[cfg(not(feature = "gpu"))]
@@ -89,19 +88,9 @@ fn gpu(_software_too: bool) -> Option<Placement> {
     None
 }
 
-/// The first adapter that is a card; with `software_too` also a driver that computes on the CPU, which is slow but
-/// shows that the GPU's code is right.
+/// With `software_too` also a driver that computes on the CPU.
 #[cfg(feature = "gpu")]
 fn gpu(software_too: bool) -> Option<Placement> {
-    let look = || {
-        let devices = Device::enumerate(burn::tensor::DeviceType::Wgpu);
-        let mut identified: Vec<_> =
-            devices.into_iter().filter_map(|d| d.identity().map(|identity| (d, identity))).collect();
-        identified.sort_by_key(|(_, identity)| identity.physical.is_none());
-        identified.into_iter().find(|(_, identity)| software_too || identity.physical.is_some())
-    };
-    // A driver that is half installed panics somewhere in there; then there is no GPU.
-    let (device, identity) = std::panic::catch_unwind(look).ok().flatten()?;
-    let numerics = format!("wgpu-{BURN}-f32-{}-{}", identity.name, identity.fingerprint).replace(' ', "_");
-    Some(Placement { device, backend: format!("gpu ({}, burn wgpu, f32)", identity.name), numerics })
+    let card = crate::gpu::Card::find(software_too)?;
+    Some(Placement { backend: card.backend(), numerics: card.numerics(), place: Place::Gpu(card) })
 }

@@ -87,6 +87,26 @@ pub enum EngineError {
         /// Bytes that can be had.
         free: u64,
     },
+    /// It does not fit into a graphics card's memory.
+    #[error(
+        "{}: it needs {} MiB of {card}'s memory (weights {} MiB, keys and values {} MiB), which has {} MiB: choose a \
+         smaller model, lower the context length or the number of sequences, or use the CPU",
+        path.display(), needed >> 20, weights >> 20, kv >> 20, has >> 20
+    )]
+    CardMemory {
+        /// The model file.
+        path: PathBuf,
+        /// What the card is called.
+        card: String,
+        /// Bytes in all.
+        needed: u64,
+        /// Bytes of weights.
+        weights: u64,
+        /// Bytes of keys and values.
+        kv: u64,
+        /// Bytes that the card has, whoever uses them.
+        has: u64,
+    },
     /// No device of the wanted kind.
     #[error("no such device: {0}")]
     Device(String),

@@ -28,6 +28,9 @@ mod engine;
 mod error;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
+#[cfg(feature = "gpu")]
+#[allow(unsafe_code)] // kernels that do not check their indices, and what wgpu does not tell of an adapter
+mod gpu;
 mod inspect;
 #[allow(unsafe_code)] // intrinsics, and threads that write parts of one slice
 mod kernels;
@@ -49,4 +52,4 @@ pub use spec::{
     DEFAULT_PACKED_LIMIT, DEFAULT_QUEUE, DEFAULT_READER_DEADLINE, DEFAULT_SLOTS, DeviceChoice, EngineSpec,
     ModelOptions, ModelSource, PackedCache,
 };
-pub use step_engine::{Capabilities, Logits, StepEngine, StepEntry};
+pub use step_engine::{Capabilities, Draw, Logits, Picked, StepEngine, StepEntry};

@@ -1,9 +1,9 @@
 //! Decoders: norms by root mean square, rotary positions, attention with shared keys, gated feed-forward parts. One
-//! definition for all families ([`architecture::Family`]) and all of burn's devices.
+//! definition for all families ([`architecture::Family`]), on the CPU and on graphics cards.
 //!
-//! On the CPU the weights keep the precision of their file, packed into a form that engines of a host share, and the
-//! kernels of [`crate::kernels`] compute; on other devices they are dense tensors of burn. The embedding table stays
-//! in the mapped file, as a step needs only a few of its rows. Keys and values lie in blocks that the scheduler
+//! Weights keep the precision of their file in both places. On the CPU they are packed into a form that engines of a
+//! host share, and the kernels of [`crate::kernels`] compute; a card has those of `crate::gpu`. The embedding table
+//! stays in the mapped file, as a step needs only a few of its rows. Keys and values lie in blocks that the scheduler
 //! hands out (see [`StepEngine::assign`]).
 //!
 //! **What one sequence gets does not depend on the others, nor on how its prompt was cut.** On the CPU this holds
@@ -17,19 +17,18 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::dequantize::Format;
-use crate::device::Placement;
+use crate::device::{Place, Placement};
 use crate::gguf::Gguf;
 use crate::kernels::{Activation, KV_BLOCK, Kernels, KvLayout, Row};
 use crate::spec::ModelOptions;
-use crate::{Capabilities, DeviceChoice, EngineError, Logits, StepEngine, StepEntry};
+use crate::{Capabilities, DeviceChoice, Draw, EngineError, Logits, Picked, StepEngine, StepEntry};
 
 pub(crate) mod architecture;
 mod attention;
 mod kv;
 mod linear;
-mod on_device;
 pub(crate) mod packed_file;
-mod rotary;
+pub(crate) mod rotary;
 pub(crate) mod weights;
 
 #[cfg(test)]
@@ -38,9 +37,8 @@ mod tests;
 use architecture::Family;
 pub use architecture::Hyperparameters;
 use kv::KvStore;
-use linear::{Cpu, host};
-use on_device::{Plan, padded_rows};
-use rotary::Rotary;
+use linear::host;
+use rotary::{Angles, Rotary};
 use weights::Weights;
 
 /// Tokens of a prompt that are computed in one step.
@@ -52,14 +50,26 @@ pub struct Model {
     gguf: Arc<Gguf>,
     embedding: Format,
     hyperparameters: Hyperparameters,
-    weights: Weights,
     /// For layers that see everything, and for those with a window.
     rotary: (Rotary, Rotary),
     capabilities: Capabilities,
     slots: Vec<Slot>,
+    compute: Compute,
+}
+
+/// What computes, with all that it needs for it.
+#[derive(Debug)]
+enum Compute {
+    Cpu(Box<OnCpu>),
+    #[cfg(feature = "gpu")]
+    Gpu(Box<crate::gpu::Decoder>),
+}
+
+#[derive(Debug)]
+struct OnCpu {
+    weights: Weights,
     store: KvStore,
-    cpu: Cpu,
-    device: Device,
+    kernels: Kernels,
 }
 
 #[derive(Debug, Default)]
@@ -78,29 +88,32 @@ struct Checked {
 impl Model {
     /// Loads the weights to where they will be computed.
     pub(crate) fn load(gguf: Arc<Gguf>, placement: Placement, options: &ModelOptions) -> Result<Self, EngineError> {
-        let Placement { device, backend, numerics } = placement;
+        let Placement { place, backend, numerics } = placement;
         let hyperparameters = Hyperparameters::from_gguf(&gguf)?;
-        let Hyperparameters { layers, kv_heads, head_size, .. } = hyperparameters;
         let own = hyperparameters.context_length;
         let slots = options.slots.max(1);
         let context_length = options.context_length.unwrap_or(own).min(own).max(2);
-        let layout = KvLayout { kind: options.kv_type, heads: kv_heads, size: head_size };
-        let for_one = context_length.div_ceil(KV_BLOCK as u32);
-        let block_bytes = KvStore::block_bytes(layout, layers, &device);
-        let budget = options.kv_memory.or_else(|| Some(crate::memory::available()? / 4));
-        let affordable = budget.map_or(u64::MAX, |bytes| bytes / block_bytes.max(1));
-        // One sequence must always fit, or a full context could never be answered.
-        let all = u64::from(for_one).saturating_mul(slots.into()).min(u32::MAX.into());
-        let blocks = all.min(affordable).max(for_one.into()) as u32;
-        crate::memory::refuse_too_large(&gguf, block_bytes.saturating_mul(blocks.into()))?;
-        let weights = Weights::load(&gguf, &hyperparameters, &device, options.packed_cache.as_ref())?;
         let damaged = |why| EngineError::Gguf { path: gguf.path().into(), why };
+        weights::refuse_other_tensors(&gguf, &hyperparameters)?;
         let embedding = gguf.tensor("token_embd.weight").and_then(Format::of).map_err(damaged)?;
         let rotary = Rotary::pair(&gguf, &hyperparameters, context_length)?;
-        let store = KvStore::new(layout, layers, blocks as usize, &device)
-            .map_err(|why| EngineError::Step(format!("no memory for keys and values: {why}")))?;
-        let is_cpu = device == Device::flex();
-        let cpu = is_cpu.then(|| Kernels::new(options.instruction_set(), options.threads()));
+        let for_one = context_length.div_ceil(KV_BLOCK as u32);
+        // One sequence must always fit, or a full context could never be answered.
+        let all = u64::from(for_one).saturating_mul(slots.into()).min(u32::MAX.into());
+        let fitting = |affordable: u64| all.min(affordable).max(for_one.into()) as u32;
+        let (compute, blocks, backend, numerics) = match place {
+            Place::Cpu => {
+                let (cpu, blocks) = OnCpu::load(&gguf, &hyperparameters, fitting, options)?;
+                let backend = in_words(&cpu.kernels);
+                let numerics = format!("{numerics}-{:?}", options.kv_type).to_lowercase();
+                (Compute::Cpu(Box::new(cpu)), blocks, backend, numerics)
+            }
+            #[cfg(feature = "gpu")]
+            Place::Gpu(card) => {
+                let (decoder, blocks) = crate::gpu::load(card, &gguf, &hyperparameters, (for_one, fitting), options)?;
+                (Compute::Gpu(Box::new(decoder)), blocks, backend, numerics)
+            }
+        };
         let capabilities = Capabilities {
             slots: options.room(),
             context_length,
@@ -108,11 +121,11 @@ impl Model {
             chunk: options.chunk.unwrap_or(CHUNK).max(1),
             blocks,
             block_tokens: KV_BLOCK as u32,
-            backend: cpu.as_ref().map_or(backend, in_words),
-            numerics: if is_cpu { format!("{numerics}-{:?}", options.kv_type).to_lowercase() } else { numerics },
+            backend,
+            numerics,
         };
         let slots = (0..options.room()).map(|_| Slot::default()).collect();
-        Ok(Self { gguf, embedding, hyperparameters, weights, rotary, capabilities, slots, store, cpu, device })
+        Ok(Self { gguf, embedding, hyperparameters, rotary, capabilities, slots, compute })
     }
 
     /// Opens a model file and loads it onto a device of the wanted kind.
@@ -128,22 +141,34 @@ impl Model {
 
     /// Bytes of weights that a step of decoding reads.
     pub(crate) fn weight_bytes(&self) -> u64 {
-        self.weights.sizes(&self.hyperparameters).0
+        match &self.compute {
+            Compute::Cpu(cpu) => cpu.weights.bytes(),
+            #[cfg(feature = "gpu")]
+            Compute::Gpu(decoder) => decoder.weight_bytes(),
+        }
     }
 
     /// Multiplications with weights for one token of a prompt.
     pub(crate) fn weights_per_token(&self) -> u64 {
-        self.weights.sizes(&self.hyperparameters).1
+        weights::multiplications(&self.hyperparameters)
     }
 
     /// The CPU's kernels, if they compute.
     pub(crate) fn kernels(&mut self) -> Option<&mut Kernels> {
-        self.cpu.as_mut()
+        match &mut self.compute {
+            Compute::Cpu(cpu) => Some(&mut cpu.kernels),
+            #[cfg(feature = "gpu")]
+            Compute::Gpu(_) => None,
+        }
     }
 
-    /// Where it computes.
-    pub(crate) fn device(&self) -> &Device {
-        &self.device
+    /// The card that computes, if one does.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn card(&self) -> Option<&crate::gpu::Card> {
+        match &self.compute {
+            Compute::Cpu(_) => None,
+            Compute::Gpu(decoder) => Some(decoder.card()),
+        }
     }
 
     /// Checks the entries and sorts out whose they are.
@@ -178,7 +203,7 @@ impl Model {
     }
 
     /// The rows of the embedding table, straight from the file.
-    fn embed(&self, tokens: impl ExactSizeIterator<Item = u32>) -> Result<Tensor<2>, EngineError> {
+    fn embed(&self, tokens: impl ExactSizeIterator<Item = u32>) -> Result<Vec<f32>, EngineError> {
         let damaged = |why| EngineError::Gguf { path: self.gguf.path().into(), why };
         let table = self.gguf.tensor("token_embd.weight").map_err(damaged)?;
         let bytes = self.gguf.tensor_bytes(table).map_err(damaged)?;
@@ -192,37 +217,65 @@ impl Model {
         if self.hyperparameters.embedding_scale != 1.0 {
             values.iter_mut().for_each(|value| *value *= self.hyperparameters.embedding_scale);
         }
-        Ok(Tensor::from_data(TensorData::new(values, [rows, width]), &self.device))
+        Ok(values)
+    }
+}
+
+impl OnCpu {
+    /// With as many blocks as `fitting` says where so many are affordable.
+    fn load(
+        gguf: &Gguf,
+        model: &Hyperparameters,
+        fitting: impl Fn(u64) -> u32,
+        options: &ModelOptions,
+    ) -> Result<(Self, u32), EngineError> {
+        let layout = KvLayout { kind: options.kv_type, heads: model.kv_heads, size: model.head_size };
+        let block_bytes = KvStore::block_bytes(layout, model.layers);
+        let budget = options.kv_memory.or_else(|| Some(crate::memory::available()? / 4));
+        let blocks = fitting(budget.map_or(u64::MAX, |bytes| bytes / block_bytes.max(1)));
+        crate::memory::refuse_too_large(gguf, block_bytes.saturating_mul(blocks.into()))?;
+        let weights = Weights::load(gguf, model, options.packed_cache.as_ref())?;
+        let store = KvStore::new(layout, model.layers, blocks as usize)
+            .map_err(|why| EngineError::Step(format!("no memory for keys and values: {why}")))?;
+        let kernels = Kernels::new(options.instruction_set(), options.threads());
+        Ok((Self { weights, store, kernels }, blocks))
     }
 
-    /// The residual stream behind the last layer, `[rows, embedding]`.
-    ///
-    /// `real`: rows of `checked` that are entries of the step; the others repeat the last.
-    fn layers(&mut self, mut x: Tensor<2>, checked: &Checked, real: usize) -> Tensor<2> {
-        let Self { hyperparameters: model, weights, rotary, slots, store, cpu, device, .. } = self;
-        let positions = || checked.rows.iter().map(|row| row.position as u32);
-        let global = rotary.0.at(positions());
-        let local = model.local_rope_base.map(|_| rotary.1.at(positions()));
-        let tables: Vec<&[u32]> = checked.slots.iter().map(|slot| slots[*slot].blocks.as_slice()).collect();
-        let plan =
-            cpu.is_none().then(|| Plan::new(model, (&checked.rows, real), &tables, (&global, local.as_ref()), device));
+    /// The logits of the `wanted` rows of a step, whose residual stream is `x`.
+    fn step(&mut self, model: &Hyperparameters, x: Vec<f32>, step: &StepOfAll<'_>, wanted: &[usize]) -> Logits {
+        let Self { weights, store, kernels } = self;
+        let mut x = Tensor::from_data(TensorData::new(x, [step.rows.len(), model.embedding]), &Device::flex());
         let activation = if model.family == Family::Gemma3 { Activation::GeluTanh } else { Activation::Silu };
+        let (global, local) = step.angles;
         for (number, layer) in weights.layers.iter().enumerate() {
             let step = attention::Step {
-                rows: &checked.rows,
-                tables: &tables,
-                plan: plan.as_ref(),
-                angles: local.as_ref().filter(|_| !model.is_global(number)).unwrap_or(&global),
+                rows: step.rows,
+                tables: step.tables,
+                angles: local.filter(|_| !model.is_global(number)).unwrap_or(global),
                 window: model.window_of(number),
             };
-            let qkv = layer.query_key_value.apply(&mut x, Some(&layer.attention_norm), cpu);
-            let attended = attention::attend(model, (number, layer), qkv, &step, store, cpu);
-            layer.attention_output.add_to(&mut x, attended, layer.post_attention_norm.as_ref(), cpu);
-            let inner = layer.gate_up.apply(&mut x, &layer.feed_forward_norm, activation, cpu);
-            layer.down.add_to(&mut x, inner, layer.post_feed_forward_norm.as_ref(), cpu);
+            let qkv = layer.query_key_value.apply(&mut x, Some(&layer.attention_norm), kernels);
+            let attended = attention::attend(model, (number, layer), qkv, &step, store, kernels);
+            layer.attention_output.add_to(&mut x, attended, layer.post_attention_norm.as_ref(), kernels);
+            let inner = layer.gate_up.apply(&mut x, &layer.feed_forward_norm, activation, kernels);
+            layer.down.add_to(&mut x, inner, layer.post_feed_forward_norm.as_ref(), kernels);
         }
-        x
+        if wanted.is_empty() {
+            return Logits::new(Vec::new(), model.vocabulary);
+        }
+        let rows = wanted.iter().map(|index| x.clone().slice_dim(0, *index..*index + 1)).collect();
+        let logits = weights.output.apply(&mut Tensor::cat(rows, 0), Some(&weights.output_norm), kernels);
+        Logits::new(host(logits), model.vocabulary)
     }
+}
+
+/// What all layers of a step need to know.
+pub(crate) struct StepOfAll<'a> {
+    pub rows: &'a [Row],
+    /// For each sequence of the step, its blocks.
+    pub tables: &'a [&'a [u32]],
+    /// For layers that see everything, and for those with a window where they have others.
+    pub angles: (&'a Angles, Option<&'a Angles>),
 }
 
 impl StepEngine for Model {
@@ -245,41 +298,50 @@ impl StepEngine for Model {
     }
 
     fn step(&mut self, entries: &[StepEntry], want_logits: &[usize]) -> Result<Logits, EngineError> {
-        let mut checked = self.check(entries)?;
+        Ok(self.step_and_draw(entries, want_logits, &[])?.logits)
+    }
+
+    fn step_and_draw(
+        &mut self,
+        entries: &[StepEntry],
+        want_logits: &[usize],
+        draws: &[Option<Draw>],
+    ) -> Result<Picked, EngineError> {
+        let checked = self.check(entries)?;
         if let Some(index) = want_logits.iter().find(|index| **index >= entries.len()) {
             return Err(EngineError::Step(format!("logits of entry {index}, of {}", entries.len())));
         }
-        let width = self.hyperparameters.vocabulary;
-        let (Some(last), Some(last_row)) = (entries.last(), checked.rows.last().copied()) else {
-            return Ok(Logits::new(Vec::new(), width));
-        };
-        let is_cpu = self.cpu.is_some();
-        if !is_cpu {
-            checked.rows.resize(padded_rows(entries.len()), last_row);
+        if entries.is_empty() {
+            return Ok(Picked { tokens: Vec::new(), logits: Logits::new(Vec::new(), self.hyperparameters.vocabulary) });
         }
-        let tokens: Vec<u32> = entries.iter().map(|entry| entry.token).collect();
-        let padding = std::iter::repeat_n(last.token, checked.rows.len() - tokens.len());
-        let x = self.embed([tokens, padding.collect()].concat().into_iter())?;
-        let x = self.layers(x, &checked, entries.len());
+        let x = self.embed(entries.iter().map(|entry| entry.token))?;
+        let positions = || checked.rows.iter().map(|row| row.position as u32);
+        let global = self.rotary.0.at(positions());
+        let local = self.hyperparameters.local_rope_base.map(|_| self.rotary.1.at(positions()));
+        let tables: Vec<&[u32]> = checked.slots.iter().map(|slot| self.slots[*slot].blocks.as_slice()).collect();
+        let step = StepOfAll { rows: &checked.rows, tables: &tables, angles: (&global, local.as_ref()) };
+        let picked = match &mut self.compute {
+            Compute::Cpu(cpu) => {
+                let logits = cpu.step(&self.hyperparameters, x, &step, want_logits);
+                Picked { tokens: vec![None; draws.len()], logits }
+            }
+            #[cfg(feature = "gpu")]
+            Compute::Gpu(decoder) => decoder
+                .step(x, &step, want_logits, draws)
+                .map_err(|why| EngineError::Step(format!("the device: {why}")))?,
+        };
         for (slot, row) in checked.rows.iter().map(|row| (checked.slots[row.sequence], row)) {
             self.slots[slot].length = row.position + 1;
         }
-        if want_logits.is_empty() {
-            // What a device is told to do it does later: without this, steps would seem to take no time, and pile up.
-            let synced = if is_cpu { Ok(()) } else { self.device.sync() };
-            synced.map_err(|why| EngineError::Step(format!("the device: {why}")))?;
-            return Ok(Logits::new(Vec::new(), width));
+        Ok(picked)
+    }
+
+    fn shapes(&self) -> &[u32] {
+        match &self.compute {
+            Compute::Cpu(_) => &[],
+            #[cfg(feature = "gpu")]
+            Compute::Gpu(_) => &crate::gpu::SHAPES,
         }
-        let output_norm = Some(&self.weights.output_norm);
-        if is_cpu {
-            let rows = want_logits.iter().map(|index| x.clone().slice_dim(0, *index..*index + 1)).collect();
-            let mut rows = Tensor::cat(rows, 0);
-            let logits = self.weights.output.apply(&mut rows, output_norm, &mut self.cpu);
-            return Ok(Logits::new(host(logits), width));
-        }
-        let mut rows = on_device::chosen(x, want_logits);
-        let logits = self.weights.output.apply(&mut rows, output_norm, &mut self.cpu);
-        on_device::logits(logits, want_logits.len()).map_err(EngineError::Step)
     }
 
     fn release(&mut self, slot: u32) {
@@ -289,7 +351,8 @@ impl StepEngine for Model {
     }
 
     fn set_threads(&mut self, threads: usize) {
-        if let Some(kernels) = &mut self.cpu {
+        if let Compute::Cpu(cpu) = &mut self.compute {
+            let kernels = &mut cpu.kernels;
             kernels.set_threads(threads);
             self.capabilities.backend = in_words(kernels);
         }

@@ -21,6 +21,7 @@
 
 use ingle_protocol::wire::v1::Sampling;
 
+use crate::Draw;
 use crate::text::Codec;
 
 mod filters;
@@ -38,6 +39,23 @@ pub use mask::{BitMask, TokenMask};
 
 /// Temperatures below this are 0: their inverse is no useful number any more.
 const COLD: f32 = 1e-5;
+
+/// How the token behind `generated` others is drawn, where that needs the scores alone: none of the steps 1 to 3, no
+/// probabilities to be told.
+pub(crate) fn draw_of(sampling: &Sampling, generated: u32, masked: bool) -> Option<Draw> {
+    let others = masked || sampling.logprobs.is_some() || penalties::any(sampling);
+    if others || sampling.ignore_eos || generated < sampling.min_tokens {
+        return None;
+    }
+    let greedy = sampling.temperature < COLD || sampling.top_k == 1;
+    Some(Draw {
+        inverse_temperature: if greedy { 0.0 } else { 1.0 / sampling.temperature },
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        random: numbers::random(sampling.seed, generated),
+    })
+}
 
 /// Where a token is to be chosen.
 #[derive(Debug)]

@@ -18,7 +18,7 @@ use crate::device::{self, Loaded};
 use crate::sampler::Sampler;
 use crate::snapshot::{Limits, Shared};
 use crate::text::{Codec, ToolSupport};
-use crate::{EngineError, EngineSpec, StepEngine};
+use crate::{Draw, EngineError, EngineSpec, StepEngine};
 
 mod batch;
 mod blocks;
@@ -358,7 +358,8 @@ impl Scheduler {
             return Ok(());
         }
         let started = Instant::now();
-        let logits = self.engine.step(&batch.entries, &batch.want)?;
+        let draws: Vec<Option<Draw>> = batch.wanting.iter().map(|index| self.running[*index].draw()).collect();
+        let picked = self.engine.step_and_draw(&batch.entries, &batch.want, &draws)?;
         let now = Instant::now();
         let step = self.shared.step.fetch_add(1, Ordering::Relaxed) + 1;
         let (rows, seconds) = (batch.want.len() as u32, now.duration_since(started).as_secs_f32());
@@ -381,9 +382,17 @@ impl Scheduler {
             }
         }
         let mut ended = Vec::new();
-        for (row, index) in batch.wanting.into_iter().enumerate() {
+        let mut row = 0;
+        for (index, token) in batch.wanting.into_iter().zip(picked.tokens) {
             let sequence = &mut self.running[index];
-            if let Some(end) = sequence.advance(logits.row(row), &mut self.sampler, &*self.codec, now) {
+            let end = match token {
+                Some(id) => sequence.accept(id, &*self.codec, now),
+                None => {
+                    row += 1;
+                    sequence.advance(picked.logits.row(row - 1), &mut self.sampler, &*self.codec, now)
+                }
+            };
+            if let Some(end) = end {
                 ended.push((index, end));
             }
         }

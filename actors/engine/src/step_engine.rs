@@ -60,6 +60,30 @@ impl Logits {
     }
 }
 
+/// How the next token is drawn where nothing but its scores has a say, in the sampler's terms.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// 1 ÷ temperature; 0 takes the likeliest token, and nothing below applies.
+    pub inverse_temperature: f32,
+    /// Only so many of the likeliest tokens; 0 is off.
+    pub top_k: u32,
+    /// Smallest set of tokens whose probabilities reach this sum; 1 is off.
+    pub top_p: f32,
+    /// Only tokens at least this many times as likely as the likeliest; 0 is off.
+    pub min_p: f32,
+    /// Random bits.
+    pub random: u64,
+}
+
+/// What a step came to for the entries that asked for something.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Picked {
+    /// For each of them the token, where the engine chose one.
+    pub tokens: Vec<Option<u32>>,
+    /// The scores of the others, in their order.
+    pub logits: Logits,
+}
+
 /// A model on a device, with room for the state of some sequences. Driven by one thread.
 pub trait StepEngine {
     /// What it can do.
@@ -81,6 +105,22 @@ pub trait StepEngine {
     /// rising). Entries of one slot stand together and their positions rise by one from where the slot is; a
     /// released slot is at 0. What one sequence gets does not depend on which others are in the step.
     fn step(&mut self, entries: &[StepEntry], want_logits: &[usize]) -> Result<Logits, EngineError>;
+
+    /// As [`StepEngine::step`]; for each index in `want`, `draws` says how its token may be chosen without the scheduler
+    /// seeing its scores, if so. An engine may choose none of them, as this does.
+    fn step_and_draw(
+        &mut self,
+        entries: &[StepEntry],
+        want: &[usize],
+        draws: &[Option<Draw>],
+    ) -> Result<Picked, EngineError> {
+        Ok(Picked { tokens: vec![None; draws.len()], logits: self.step(entries, want)? })
+    }
+
+    /// Numbers of entries for which it has programs of their own, to be compiled before anybody waits for them.
+    fn shapes(&self) -> &[u32] {
+        &[]
+    }
 
     /// Forgets the slot's sequence.
     fn release(&mut self, slot: u32);

@@ -18,7 +18,7 @@ const UNITS_EACH: usize = 8;
 const MANY_ROWS: usize = 4;
 
 /// What is done with a gate before it multiplies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Activation {
     Silu,
     /// GELU by its tanh approximation.

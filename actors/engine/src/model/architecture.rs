@@ -198,6 +198,11 @@ impl Hyperparameters {
         }
     }
 
+    /// Single heads of queries and keys are normed.
+    pub fn norms_heads(&self) -> bool {
+        matches!(self.family, Family::Qwen3 | Family::Gemma3)
+    }
+
     /// The layer sees everything, and has the rotary frequencies of such layers.
     pub fn is_global(&self, number: usize) -> bool {
         match self.family {

@@ -16,7 +16,7 @@ pub(super) struct Rotary {
 
 /// Cosines and sines `[rows, pairs]`.
 #[derive(Debug, Default)]
-pub(super) struct Angles {
+pub(crate) struct Angles {
     pub cosines: Vec<f32>,
     pub sines: Vec<f32>,
 }

@@ -3,12 +3,12 @@ use crate::gguf::tiny::{Meta, Sizes, Tiny, VOCABULARY, llama, numbers};
 
 fn load(tiny: &Tiny, slots: u32) -> Result<Model, String> {
     let gguf = Gguf::from_bytes(tiny.bytes()).map_err(|error| error.to_string())?;
-    load_onto(Device::flex(), Arc::new(gguf), &ModelOptions { slots, ..ModelOptions::default() })
+    load_onto(Place::Cpu, Arc::new(gguf), &ModelOptions { slots, ..ModelOptions::default() })
 }
 
 /// With an equal share of blocks for each slot.
-fn load_onto(device: Device, gguf: Arc<Gguf>, options: &ModelOptions) -> Result<Model, String> {
-    let placement = Placement { device, backend: String::new(), numerics: String::new() };
+fn load_onto(place: Place, gguf: Arc<Gguf>, options: &ModelOptions) -> Result<Model, String> {
+    let placement = Placement { place, backend: String::new(), numerics: String::new() };
     let mut model = Model::load(gguf, placement, options).map_err(|error| error.to_string())?;
     (0..options.slots).for_each(|slot| model.assign_share(slot).unwrap());
     Ok(model)
@@ -199,104 +199,4 @@ fn models_that_cannot_run_are_refused_by_name() {
     assert!(error(&|tiny| tiny.meta("llama.rope.freq_base", Meta::F32(f32::NAN))).contains("llama.rope.freq_base"));
     let odd = error(&|tiny| tiny.tensor_f32("blk.0.attn_sinks.weight", &[2], &[0.0, 0.0]));
     assert!(odd.contains("tensor blk.0.attn_sinks.weight is not supported"), "{odd}");
-}
-
-#[cfg(feature = "gpu")]
-mod gpu {
-    use super::*;
-
-    /// The largest error of a logit, as a part of the largest logit. The CPU keeps keys and values in half precision,
-    /// the device has 32 bits throughout.
-    const TOLERANCE: f32 = 5e-3;
-
-    /// A device and the CPU with the same model, the same steps and the same blocks.
-    struct Pair {
-        name: String,
-        gpu: Model,
-        cpu: Model,
-        worst: f32,
-    }
-
-    impl Pair {
-        /// `None` where no adapter is found, a software one included.
-        fn open(name: &str, gguf: Gguf) -> Option<Self> {
-            let found = match crate::device::choose(DeviceChoice::Gpu) {
-                Ok(found) => found,
-                Err(why) => {
-                    println!("skipped: {why}");
-                    return None;
-                }
-            };
-            println!("{name} on {}, {}", found.backend, found.numerics);
-            let gguf = Arc::new(gguf);
-            let options = ModelOptions { slots: 4, context_length: Some(512), ..ModelOptions::default() };
-            let open = |device| load_onto(device, Arc::clone(&gguf), &options).unwrap();
-            let pair = Self { name: name.into(), gpu: open(found.device), cpu: open(Device::flex()), worst: 0.0 };
-            Some(pair)
-        }
-
-        fn assign(&mut self, slot: u32, blocks: &[u32], length: u32) {
-            self.gpu.assign(slot, blocks, length).unwrap();
-            self.cpu.assign(slot, blocks, length).unwrap();
-        }
-
-        fn compare(&mut self, entries: &[StepEntry]) {
-            let want: Vec<usize> = (0..entries.len()).collect();
-            self.compare_some(entries, &want);
-        }
-
-        fn compare_some(&mut self, entries: &[StepEntry], want: &[usize]) {
-            let (got, due) = (self.gpu.step(entries, want).unwrap(), self.cpu.step(entries, want).unwrap());
-            assert_eq!(got.rows(), want.len());
-            for row in 0..want.len() {
-                let most = due.row(row).iter().fold(0.0f32, |most, x| most.max(x.abs()));
-                for (got, due) in got.row(row).iter().zip(due.row(row)) {
-                    let error = (got - due).abs() / most;
-                    assert!(error < TOLERANCE, "{}: row {row} of {}: {got} {due}", self.name, entries.len());
-                    self.worst = self.worst.max(error);
-                }
-            }
-        }
-    }
-
-    /// Steps of every shape: chunks that start and end within blocks, single tokens together and beside chunks, numbers
-    /// of rows that are rounded up, blocks out of order, shared and used before, contexts of very different length.
-    fn walk(name: &str, gguf: Gguf, vocabulary: u32) {
-        let Some(mut pair) = Pair::open(name, gguf) else { return };
-        let tokens: Vec<u32> = tokens(400).into_iter().map(|token| token % vocabulary).collect();
-        pair.assign(0, &[9, 2, 30, 5, 17, 1], 0);
-        pair.assign(1, &[12, 4], 0);
-        pair.assign(2, &[31], 0);
-        pair.compare(&entries(0, 0, &tokens[..100]));
-        pair.compare(&[entries(1, 0, &tokens[5..8]), entries(0, 100, &tokens[100..131])].concat());
-        pair.compare(&entries(2, 0, &tokens[..1]));
-        pair.compare(&[entries(2, 1, &[7]), entries(0, 131, &[9]), entries(1, 3, &[11])].concat());
-        // Nobody wants the logits of most of it, and of the rest not all in a row.
-        pair.compare_some(&entries(0, 132, &tokens[132..330]), &[]);
-        pair.compare_some(&entries(0, 330, &tokens[330..340]), &[1, 4, 9]);
-        pair.compare(&[entries(0, 340, &[3]), entries(1, 4, &[3]), entries(2, 2, &[3])].concat());
-        for position in 5..70 {
-            pair.compare(&entries(1, position, &tokens[position..position + 1]));
-        }
-        // Another sequence goes on behind the first block of the first, in blocks that had others' tokens.
-        pair.gpu.release(2);
-        pair.cpu.release(2);
-        pair.assign(3, &[9, 31, 4], 64);
-        pair.compare(&[entries(0, 341, &[5]), entries(3, 64, &tokens[..70])].concat());
-        pair.compare(&[entries(3, 134, &[6]), entries(0, 342, &[6])].concat());
-        println!("{name}: largest error {:.1e} of the largest logit", pair.worst);
-    }
-
-    fn fixture(name: &str) {
-        let path: std::path::PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests/fixtures/tiny", name].iter().collect();
-        walk(name, Gguf::open(&path).unwrap(), 100);
-    }
-
-    #[test]
-    fn a_gpu_computes_what_the_cpu_computes() {
-        let sizes = Sizes { heads: 5, kv_heads: 1, context_length: 512, ..Sizes::default() };
-        walk("llama", Gguf::from_bytes(llama(sizes).bytes()).unwrap(), VOCABULARY as u32);
-        // Biases; norms of heads; windows, two bases and norms behind; joined weights and windows everywhere.
-        ["qwen2.gguf", "qwen3.gguf", "gemma3.gguf", "phi3.gguf"].into_iter().for_each(fixture);
-    }
 }

@@ -1,8 +1,4 @@
-//! Weights from the file to the device: packed (or mapped, if that was done before) for the CPU's kernels, or
-//! dequantized and transposed for burn's devices.
-
-use burn::tensor::{Device, Tensor, TensorData};
-use rayon::prelude::*;
+//! Which matrices a model has, and the CPU's: packed, or mapped if that was done before.
 
 use super::Hyperparameters;
 use super::architecture::Family;
@@ -12,11 +8,6 @@ use crate::dequantize::Format;
 use crate::gguf::{Gguf, GgufError, TensorInfo};
 use crate::kernels::{Packed, Shape};
 use crate::{EngineError, PackedCache};
-
-/// Inputs that one task takes at a time, in whole blocks of the format.
-const STRIP: usize = 32;
-/// Outputs that are transposed at once: one cache line of `f32`.
-const LINE: usize = 16;
 
 /// One layer.
 #[derive(Debug)]
@@ -85,15 +76,15 @@ impl Part {
 }
 
 /// The matrices of a layer.
-struct LayerParts {
-    query_key_value: Vec<Part>,
-    attention_output: Part,
-    gate: Part,
-    up: Part,
-    down: Part,
+pub(crate) struct LayerParts {
+    pub query_key_value: Vec<Part>,
+    pub attention_output: Part,
+    pub gate: Part,
+    pub up: Part,
+    pub down: Part,
 }
 
-fn layer_parts(model: &Hyperparameters, n: usize) -> LayerParts {
+pub(crate) fn layer_parts(model: &Hyperparameters, n: usize) -> LayerParts {
     let Hyperparameters { embedding, feed_forward, heads, kv_heads, head_size, .. } = *model;
     let name = |part: &str| format!("blk.{n}.{part}");
     let joined = model.family == Family::Phi3;
@@ -132,65 +123,78 @@ fn layer_parts(model: &Hyperparameters, n: usize) -> LayerParts {
 }
 
 /// Without one of its own, the output shares the embedding's weights.
-fn output_part(gguf: &Gguf, model: &Hyperparameters) -> Part {
+pub(crate) fn output_part(gguf: &Gguf, model: &Hyperparameters) -> Part {
     let own = gguf.find_tensor("output.weight").is_some();
     Part::whole(if own { "output" } else { "token_embd" }.into(), model.embedding, model.vocabulary)
 }
 
-impl Weights {
-    pub fn load(
-        gguf: &Gguf,
-        model: &Hyperparameters,
-        device: &Device,
-        cache: Option<&PackedCache>,
-    ) -> Result<Self, EngineError> {
-        let damaged = |why| EngineError::Gguf { path: gguf.path().into(), why };
-        refuse_unknown_tensors(gguf, model)?;
-        check(gguf, "token_embd.weight", &[model.embedding, model.vocabulary]).map_err(damaged)?;
-        let packed = if *device == Device::flex() {
-            if !model.head_size.is_multiple_of(crate::kernels::LANES) || model.head_size > crate::kernels::WIDEST_HEAD {
-                return Err(EngineError::Unsupported {
-                    path: gguf.path().into(),
-                    what: format!("heads of width {}", model.head_size),
-                    hint: "on the CPU multiples of 16 up to 256 are".into(),
-                });
-            }
-            let mut parts = Vec::new();
-            for n in 0..model.layers {
-                let layer = layer_parts(model, n);
-                parts.extend(layer.query_key_value);
-                parts.extend([layer.attention_output, layer.gate, layer.up, layer.down]);
-            }
-            parts.push(output_part(gguf, model));
-            let pieces = parts.into_iter().map(|part| piece(gguf, part)).collect::<Result<_, _>>().map_err(damaged)?;
-            Some(PackedFile::open(gguf, pieces, cache)?)
-        } else {
-            None
-        };
-        Loader { gguf, device, packed }.all(model).map_err(damaged)
+/// All matrices that are multiplied with, those of a layer one after the other.
+pub(crate) fn all_parts(gguf: &Gguf, model: &Hyperparameters) -> Vec<Part> {
+    let mut parts = Vec::new();
+    for n in 0..model.layers {
+        let layer = layer_parts(model, n);
+        parts.extend(layer.query_key_value);
+        parts.extend([layer.attention_output, layer.gate, layer.up, layer.down]);
     }
+    parts.push(output_part(gguf, model));
+    parts
+}
+
+/// The parts' biases side by side; `None` where no part has one.
+pub(crate) fn bias_of(gguf: &Gguf, parts: &[Part]) -> Result<Option<Vec<f32>>, GgufError> {
+    let name = |part: &Part| format!("{}.bias", part.name);
+    if !parts.iter().any(|part| gguf.find_tensor(&name(part)).is_some()) {
+        return Ok(None);
+    }
+    let mut all = Vec::new();
+    for part in parts {
+        let stored = values(gguf, &name(part), &[part.stored])?;
+        all.extend((0..part.outputs).map(|n| stored[part.first + part.order.row(n)]));
+    }
+    Ok(Some(all))
+}
+
+/// Multiplications of one token with the weights of all layers.
+pub(super) fn multiplications(model: &Hyperparameters) -> u64 {
+    let Hyperparameters { embedding, feed_forward, heads, kv_heads, head_size, layers, .. } = *model;
+    let each = embedding * head_size * (2 * heads + 2 * kv_heads) + 3 * embedding * feed_forward;
+    (layers * each) as u64
+}
+
+/// Refuses a file that has other tensors than such a model, or an embedding table of another size.
+pub(super) fn refuse_other_tensors(gguf: &Gguf, model: &Hyperparameters) -> Result<(), EngineError> {
+    refuse_unknown_tensors(gguf, model)?;
+    check(gguf, "token_embd.weight", &[model.embedding, model.vocabulary])
+        .map_err(|why| EngineError::Gguf { path: gguf.path().into(), why })?;
+    Ok(())
 }
 
 impl Weights {
-    /// Bytes of all matrices, and multiplications of one token with those of the layers.
-    pub fn sizes(&self, model: &Hyperparameters) -> (u64, u64) {
+    pub fn load(gguf: &Gguf, model: &Hyperparameters, cache: Option<&PackedCache>) -> Result<Self, EngineError> {
+        let damaged = |why| EngineError::Gguf { path: gguf.path().into(), why };
+        if !model.head_size.is_multiple_of(crate::kernels::LANES) || model.head_size > crate::kernels::WIDEST_HEAD {
+            return Err(EngineError::Unsupported {
+                path: gguf.path().into(),
+                what: format!("heads of width {}", model.head_size),
+                hint: "on the CPU multiples of 16 up to 256 are".into(),
+            });
+        }
+        let parts = all_parts(gguf, model);
+        let pieces = parts.into_iter().map(|part| piece(gguf, part)).collect::<Result<_, _>>().map_err(damaged)?;
+        let packed = PackedFile::open(gguf, pieces, cache)?;
+        Loader { gguf, packed }.all(model).map_err(damaged)
+    }
+
+    /// Bytes of all matrices.
+    pub fn bytes(&self) -> u64 {
         let of_parts =
             |parts: &[Packed]| -> u64 { parts.iter().map(|part| part.shape().bytes().unwrap_or(0) as u64).sum() };
-        let linear = |linear: &Linear| match linear {
-            Linear::Packed { parts, .. } => of_parts(parts),
-            Linear::Dense { weight, .. } => weight.dims().iter().product::<usize>() as u64 * 4,
-        };
-        let mut bytes = linear(&self.output);
+        let mut bytes = of_parts(&self.output.parts);
         for layer in &self.layers {
-            bytes += linear(&layer.query_key_value) + linear(&layer.attention_output) + linear(&layer.down);
-            bytes += match &layer.gate_up {
-                Gated::Packed { gate, up } => of_parts(&[gate.clone(), up.clone()]),
-                Gated::Dense { weight, .. } => weight.dims().iter().product::<usize>() as u64 * 4,
-            };
+            bytes += of_parts(&layer.query_key_value.parts) + of_parts(&layer.attention_output.parts);
+            bytes += of_parts(&layer.down.parts) + of_parts(&[layer.gate_up.gate.clone(), layer.gate_up.up.clone()]);
         }
-        let Hyperparameters { embedding, feed_forward, heads, kv_heads, head_size, layers, .. } = *model;
-        let each = embedding * head_size * (2 * heads + 2 * kv_heads) + 3 * embedding * feed_forward;
-        (bytes, (layers * each) as u64)
+        bytes
     }
 }
 
@@ -267,18 +271,7 @@ pub(crate) fn values(gguf: &Gguf, name: &str, sizes: &[usize]) -> Result<Vec<f32
 
 struct Loader<'a> {
     gguf: &'a Gguf,
-    device: &'a Device,
-    packed: Option<PackedFile>,
-}
-
-/// A stored matrix: `outputs` rows of the inputs' weights.
-struct Stored<'a> {
-    bytes: &'a [u8],
-    row_bytes: usize,
-    format: Format,
-    first: usize,
-    outputs: usize,
-    order: Order,
+    packed: PackedFile,
 }
 
 impl Loader<'_> {
@@ -289,12 +282,12 @@ impl Loader<'_> {
             let name = |part: &str| format!("blk.{n}.{part}.weight");
             let norm = |part: &str, size: usize| self.norm(&name(part), size, epsilon);
             let parts = layer_parts(model, n);
-            let heads_normed = matches!(family, Family::Qwen3 | Family::Gemma3);
             let post = |part: &str| (family == Family::Gemma3).then(|| norm(part, embedding)).transpose();
             Ok(Layer {
                 attention_norm: norm("attn_norm", embedding)?,
                 query_key_value: self.linear(&parts.query_key_value)?,
-                head_norms: heads_normed
+                head_norms: model
+                    .norms_heads()
                     .then(|| Ok((norm("attn_q_norm", head_size)?, norm("attn_k_norm", head_size)?)))
                     .transpose()?,
                 attention_output: self.linear(&[parts.attention_output])?,
@@ -313,89 +306,16 @@ impl Loader<'_> {
     }
 
     fn norm(&self, name: &str, size: usize, epsilon: f32) -> Result<RmsNorm, GgufError> {
-        Ok(RmsNorm::new(values(self.gguf, name, &[size])?, epsilon, self.device))
-    }
-
-    /// The parts' biases side by side; `None` where no part has one.
-    fn bias(&self, parts: &[Part]) -> Result<Option<Vec<f32>>, GgufError> {
-        let name = |part: &Part| format!("{}.bias", part.name);
-        if !parts.iter().any(|part| self.gguf.find_tensor(&name(part)).is_some()) {
-            return Ok(None);
-        }
-        let mut all = Vec::new();
-        for part in parts {
-            let stored = values(self.gguf, &name(part), &[part.stored])?;
-            all.extend((0..part.outputs).map(|n| stored[part.first + part.order.row(n)]));
-        }
-        Ok(Some(all))
+        Ok(RmsNorm { values: values(self.gguf, name, &[size])?, epsilon })
     }
 
     fn linear(&self, parts: &[Part]) -> Result<Linear, GgufError> {
-        let bias = self.bias(parts)?;
-        match &self.packed {
-            Some(packed) => {
-                let parts = parts.iter().map(|part| packed.get(part)).collect::<Result<_, _>>()?;
-                Ok(Linear::Packed { parts, bias })
-            }
-            None => {
-                let bias = bias.map(|bias| {
-                    let width = bias.len();
-                    Tensor::from_data(TensorData::new(bias, [1, width]), self.device)
-                });
-                Ok(Linear::Dense { weight: self.dense(parts)?, bias })
-            }
-        }
+        let bias = bias_of(self.gguf, parts)?;
+        let parts = parts.iter().map(|part| self.packed.get(part)).collect::<Result<_, _>>()?;
+        Ok(Linear { parts, bias })
     }
 
     fn gated(&self, gate: &Part, up: &Part) -> Result<Gated, GgufError> {
-        Ok(match &self.packed {
-            Some(packed) => Gated::Packed { gate: packed.get(gate)?, up: packed.get(up)? },
-            None => Gated::Dense { weight: self.dense(&[gate.clone(), up.clone()])?, width: gate.outputs },
-        })
-    }
-
-    /// Stored matrices with the same inputs, side by side as one `[in, out]`.
-    fn dense(&self, parts: &[Part]) -> Result<Tensor<2>, GgufError> {
-        let stored = parts.iter().map(|part| {
-            let info = check(self.gguf, &format!("{}.weight", part.name), &[part.inputs, part.stored])?;
-            let (format, bytes) = (Format::of(info)?, self.gguf.tensor_bytes(info)?);
-            let row_bytes = part.inputs / format.block_weights() * format.block_bytes();
-            Ok(Stored { bytes, row_bytes, format, first: part.first, outputs: part.outputs, order: part.order })
-        });
-        let stored = stored.collect::<Result<Vec<_>, GgufError>>()?;
-        let inputs = parts.first().map_or(0, |part| part.inputs);
-        let outputs: usize = parts.iter().map(|part| part.outputs).sum();
-        let strip = stored.iter().map(|part| part.format.block_weights()).max().unwrap_or(1).max(STRIP);
-        let mut values = vec![0.0f32; inputs * outputs];
-        values.par_chunks_mut(strip * outputs).enumerate().for_each(|(number, values)| {
-            let mut from = 0;
-            for part in &stored {
-                part.transpose_strip(number * strip, values, outputs, from);
-                from += part.outputs;
-            }
-        });
-        Ok(Tensor::from_data(TensorData::new(values, [inputs, outputs]), self.device))
-    }
-}
-
-impl Stored<'_> {
-    /// Fills the columns from `from` on of `values`, whose rows (each `width` long) are the inputs from `input` on.
-    fn transpose_strip(&self, input: usize, values: &mut [f32], width: usize, from: usize) {
-        let inputs = values.len() / width;
-        let block = self.format.block_weights();
-        let (start, length) = (input / block * self.format.block_bytes(), inputs / block * self.format.block_bytes());
-        let mut tile = vec![0.0f32; LINE * inputs];
-        for first in (0..self.outputs).step_by(LINE) {
-            let line = LINE.min(self.outputs - first);
-            for (n, tile) in tile.chunks_exact_mut(inputs).take(line).enumerate() {
-                let row = (self.first + self.order.row(first + n)) * self.row_bytes;
-                self.format.dequantize(&self.bytes[row + start..][..length], tile);
-            }
-            for (i, row) in values.chunks_exact_mut(width).enumerate() {
-                for (n, value) in row[from + first..][..line].iter_mut().enumerate() {
-                    *value = tile[n * inputs + i];
-                }
-            }
-        }
+        Ok(Gated { gate: self.packed.get(gate)?, up: self.packed.get(up)? })
     }
 }

@@ -314,3 +314,22 @@ fn how_long_a_choice_takes() {
         }
     }
 }
+
+/// An engine may choose a token itself only where its scores alone decide.
+#[test]
+fn tokens_that_need_more_than_scores_are_not_drawn_by_the_engine() {
+    let plain = Sampling { temperature: 0.5, top_k: 40, seed: 3, ..Sampling::default() };
+    let draw = draw_of(&plain, 7, false).unwrap();
+    assert_eq!((draw.inverse_temperature, draw.top_k, draw.random), (2.0, 40, numbers::random(3, 7)));
+    assert_eq!(draw_of(&Sampling { top_k: 1, ..plain.clone() }, 7, false).unwrap().inverse_temperature, 0.0);
+    assert_eq!(draw_of(&Sampling::default(), 7, false).unwrap().inverse_temperature, 0.0);
+    assert!(draw_of(&plain, 7, true).is_none(), "a grammar");
+    let others = [
+        Sampling { logprobs: Some(0), ..plain.clone() },
+        Sampling { repetition_penalty: 1.1, ..plain.clone() },
+        Sampling { presence_penalty: 0.1, ..plain.clone() },
+        Sampling { ignore_eos: true, ..plain.clone() },
+        Sampling { min_tokens: 8, ..plain },
+    ];
+    assert!(others.iter().all(|sampling| draw_of(sampling, 7, false).is_none()));
+}

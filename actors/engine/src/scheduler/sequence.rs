@@ -11,7 +11,8 @@ use ingle_protocol::wire::v1::{
 use super::blocks::Table;
 use super::intake::Place;
 use super::output::{Lingering, Output};
-use crate::sampler::{Chosen, Likelihood, Place as Choice, Sampler, TokenMask};
+use crate::Draw;
+use crate::sampler::{self, Chosen, Likelihood, Place as Choice, Sampler, TokenMask};
 use crate::text::{Codec, Detokenizer, Piece};
 
 /// A request from its admission to the queue to its end.
@@ -122,6 +123,16 @@ impl Sequence {
             // Its own trouble, and the same wherever it would be tried again.
             Err(why) => Some(End::Impossible(why.to_string())),
         }
+    }
+
+    /// How the next token is drawn, where its scores alone decide.
+    pub fn draw(&self) -> Option<Draw> {
+        sampler::draw_of(&self.sampling, self.generated(), self.mask.is_some())
+    }
+
+    /// Takes a token that the engine has chosen. `Some` where the answer is at its end.
+    pub fn accept(&mut self, id: u32, codec: &dyn Codec, now: Instant) -> Option<End> {
+        self.take(Chosen { id, likelihood: None }, codec, now)
     }
 
     /// Takes a generated token and sends it. `Some` where it was the last.
