@@ -233,7 +233,7 @@ impl Gguf {
                     tracing::debug!(%why, "the pages of the model file stay in memory");
                 }
             }
-            #[cfg(test)]
+            #[cfg(any(test, feature = "fuzz"))]
             Bytes::Owned(_) => {}
         }
     }
