@@ -130,7 +130,7 @@ fn strings_that_double_come_to_an_end() {
         "{% set ns.s = [ns.s, ns.s] | tojson %}",
         "{% set ns.s = ns.s | indent(999) ~ '\\n' ~ ns.s %}",
     ] {
-        refused(&grow(step), "too much");
+        refused(&grow(step), "too ");
     }
     refused("{{ '{:>999999999999}'.format(1) }}", "");
     refused("{{ '%999999999999d' | format(1) }}", "");
