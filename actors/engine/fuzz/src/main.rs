@@ -69,7 +69,8 @@ static TARGET: LazyLock<Target> = LazyLock::new(|| {
     let (memory, time) = match name.as_str() {
         // A template is a program: it may use up its fuel, and what texts and values that pays for.
         "template" => (512 << 20, 6_000),
-        "gguf" | "safetensors" | "wire" => (1 << 20, 100),
+        "gguf" | "safetensors" => (1 << 20, 100),
+        // serde makes room for 1 MiB of a list whose length it was told, in each list of lists.
         _ => (8 << 20, 100),
     };
     // What is made once in a process (the tables of patterns) is none of a run's.
