@@ -13,7 +13,7 @@ use crate::EngineError;
 
 mod value;
 mod writer;
-pub use value::{Array, Value};
+pub use value::{List, Value};
 pub use writer::{MetaValue, Plan, PlannedTensor, WriteError};
 
 #[cfg(test)]
@@ -22,9 +22,9 @@ pub(crate) mod tiny;
 #[cfg(test)]
 mod tests;
 
-/// The most metadata entries of a file; real ones have some dozen.
-const MAX_METADATA: u64 = 65_536;
-/// The most tensors of a file; real ones have some hundred.
+/// The most metadata entries of a file; real ones have some dozen. Each takes up to 200 bytes of memory.
+const MAX_METADATA: u64 = 4096;
+/// The most tensors of a file; real ones have some hundred. Each takes up to 300 bytes of memory.
 const MAX_TENSORS: u64 = 65_536;
 /// The most bytes of a key or of a tensor's name.
 const MAX_NAME: u64 = 65_535;
@@ -233,7 +233,7 @@ impl Gguf {
                     tracing::debug!(%why, "the pages of the model file stay in memory");
                 }
             }
-            #[cfg(test)]
+            #[cfg(any(test, feature = "fuzz"))]
             Bytes::Owned(_) => {}
         }
     }
@@ -313,19 +313,30 @@ impl Gguf {
         self.typed(key, "true or false", Value::as_bool)
     }
 
+    fn list<'a, T>(
+        &'a self,
+        key: &str,
+        kind: &str,
+        get: impl FnOnce(&'a List) -> Option<T>,
+    ) -> Result<Option<T>, GgufError> {
+        let Some(list) = self.typed(key, kind, Value::as_list)? else { return Ok(None) };
+        let why = || format!("expected {kind}, the file has a list of something else");
+        get(list).map(Some).ok_or_else(|| GgufError::Invalid { what: key.into(), why: why() })
+    }
+
     /// A list of texts, if there is one under this key; another type is an error.
-    pub fn texts(&self, key: &str) -> Result<Option<&[String]>, GgufError> {
-        self.typed(key, "a list of texts", Value::as_texts)
+    pub fn texts(&self, key: &str) -> Result<Option<Vec<&str>>, GgufError> {
+        self.list(key, "a list of texts", |list| list.texts(&self.bytes, key))?.transpose()
     }
 
     /// A list of whole numbers, if there is one under this key; another type is an error.
-    pub fn integers(&self, key: &str) -> Result<Option<&[i64]>, GgufError> {
-        self.typed(key, "a list of whole numbers", Value::as_integers)
+    pub fn integers(&self, key: &str) -> Result<Option<impl ExactSizeIterator<Item = i64>>, GgufError> {
+        self.list(key, "a list of whole numbers", |list| list.integers(&self.bytes))
     }
 
     /// A list of floating-point numbers, if there is one under this key; another type is an error.
-    pub fn floats(&self, key: &str) -> Result<Option<&[f32]>, GgufError> {
-        self.typed(key, "a list of floating-point numbers", Value::as_floats)
+    pub fn floats(&self, key: &str) -> Result<Option<impl ExactSizeIterator<Item = f32>>, GgufError> {
+        self.list(key, "a list of floating-point numbers", |list| list.floats(&self.bytes))
     }
 }
 
@@ -436,13 +447,17 @@ impl<'a> Reader<'a> {
 
     /// A text with its length in front. `what` is only called for errors.
     pub fn text(&mut self, limit: u64, what: impl Fn() -> String) -> Result<String, GgufError> {
+        self.str(limit, what).map(ToString::to_string)
+    }
+
+    /// [`Reader::text`], where it lies.
+    fn str(&mut self, limit: u64, what: impl Fn() -> String) -> Result<&'a str, GgufError> {
         let length = self.u64(&what)?;
         if length > limit {
             return Err(GgufError::TooMany { what: format!("the length of {}", what()), got: length, limit });
         }
         let bytes = self.take(length, &what)?;
-        String::from_utf8(bytes.to_vec())
-            .map_err(|_| GgufError::Invalid { what: what(), why: "it is not valid UTF-8".into() })
+        std::str::from_utf8(bytes).map_err(|_| GgufError::Invalid { what: what(), why: "it is not valid UTF-8".into() })
     }
 
     fn name(&mut self, what: impl Fn() -> String) -> Result<String, GgufError> {

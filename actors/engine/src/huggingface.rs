@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::gguf::MetaValue;
 use crate::quantize::{ConvertError, Source, SourceTensor};
-use crate::safetensors::Safetensors;
+use crate::safetensors::{Safetensors, SafetensorsError};
 
 mod config;
 mod family;
@@ -35,10 +35,19 @@ const MAX_SHARDS: usize = 1_000;
 /// Metadata in the order in which it is to be written.
 type Metadata = Vec<(String, MetaValue)>;
 
+/// The files of a model beside its weights.
+#[derive(Debug)]
+struct Folder {
+    path: PathBuf,
+    /// What is there, where nothing is on a disk.
+    #[cfg(any(test, feature = "fuzz"))]
+    files: Option<BTreeMap<&'static str, Vec<u8>>>,
+}
+
 /// An opened model folder.
 #[derive(Debug)]
 pub struct HuggingFace {
-    folder: PathBuf,
+    folder: Folder,
     bytes: u64,
     metadata: Metadata,
     files: Vec<Safetensors>,
@@ -55,19 +64,39 @@ impl HuggingFace {
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
             (folder.to_path_buf(), vec![path.to_path_buf()])
         };
-        let config = Config::new(folder.join("config.json"), read_json(&folder.join("config.json"))?)?;
+        #[cfg(not(any(test, feature = "fuzz")))]
+        let folder = Folder { path: folder };
+        #[cfg(any(test, feature = "fuzz"))]
+        let folder = Folder { path: folder, files: None };
+        let open = || files.iter().map(|path| open_weights(path)).collect();
+        Self::read(folder, open)
+    }
+
+    /// A folder that is nowhere, with one file of weights.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn in_memory(files: BTreeMap<&'static str, Vec<u8>>, weights: Vec<u8>) -> Result<Self, ConvertError> {
+        let path = PathBuf::from("memory");
+        let open = || Ok(vec![weights_of(Path::new("memory.safetensors"), Safetensors::from_bytes(weights))?]);
+        Self::read(Folder { path, files: Some(files) }, open)
+    }
+
+    fn read(
+        folder: Folder,
+        open: impl FnOnce() -> Result<Vec<Safetensors>, ConvertError>,
+    ) -> Result<Self, ConvertError> {
+        let config = Config::new(folder.path.join("config.json"), folder.needed_json("config.json")?)?;
         let family = Family::of(&config)?;
-        let files = files.iter().map(|path| open_weights(path)).collect::<Result<Vec<_>, _>>()?;
+        let files = open()?;
         let bytes = files.iter().map(Safetensors::file_bytes).sum();
 
         let mut metadata = vec![
             ("general.architecture".into(), MetaValue::Text(family.architecture().into())),
             ("general.type".into(), MetaValue::Text("model".into())),
-            ("general.name".into(), MetaValue::Text(name_of(&folder))),
+            ("general.name".into(), MetaValue::Text(name_of(&folder.path))),
         ];
         metadata.extend(family.parameters(&config, &folder)?);
         let vocabulary = tokenizer::read(&folder, family, &config)?;
-        let Weights { tensors, origins } = tensors::collect(&folder, &files, family, &config, vocabulary.known)?;
+        let Weights { tensors, origins } = tensors::collect(&folder.path, &files, family, &config, vocabulary.known)?;
         metadata.extend(vocabulary.metadata);
         Ok(Self { folder, bytes, metadata, files, tensors, origins })
     }
@@ -75,7 +104,7 @@ impl HuggingFace {
 
 impl Source for HuggingFace {
     fn path(&self) -> &Path {
-        &self.folder
+        &self.folder.path
     }
 
     fn bytes(&self) -> u64 {
@@ -102,8 +131,12 @@ fn name_of(folder: &Path) -> String {
 }
 
 fn open_weights(path: &Path) -> Result<Safetensors, ConvertError> {
-    use crate::safetensors::SafetensorsError as E;
-    Safetensors::open(path).map_err(|why| match why {
+    weights_of(path, Safetensors::open(path))
+}
+
+fn weights_of(path: &Path, read: Result<Safetensors, SafetensorsError>) -> Result<Safetensors, ConvertError> {
+    use SafetensorsError as E;
+    read.map_err(|why| match why {
         E::Open(error) => ConvertError::Read { path: path.into(), error },
         E::Truncated { .. } => {
             ConvertError::Damaged { path: path.into(), what: "its length".into(), why: why.to_string() }
@@ -116,7 +149,7 @@ fn open_weights(path: &Path) -> Result<Safetensors, ConvertError> {
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, ConvertError> {
     let index = folder.join("model.safetensors.index.json");
     if index.is_file() {
-        let names = shards(&index, &read_json(&index)?)?;
+        let names = shards(&index, &json_of(&index, &read_bytes(&index)?)?)?;
         return Ok(names.into_iter().map(|name| folder.join(name)).collect());
     }
     let single = folder.join("model.safetensors");
@@ -157,29 +190,51 @@ pub(crate) fn shards(index: &Path, value: &Value) -> Result<Vec<String>, Convert
     Ok(names.into_iter().map(ToString::to_string).collect())
 }
 
-/// Reads a file of JSON of bounded length.
-fn read_json(path: &Path) -> Result<Value, ConvertError> {
+impl Folder {
+    /// The bytes of a file of bounded length, if it is there.
+    fn bytes(&self, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
+        #[cfg(any(test, feature = "fuzz"))]
+        if let Some(files) = &self.files {
+            return Ok(files.get(name).cloned());
+        }
+        let path = self.path.join(name);
+        if path.is_file() { read_bytes(&path).map(Some) } else { Ok(None) }
+    }
+
+    /// A file of JSON, if it is there.
+    fn json(&self, name: &str) -> Result<Option<Value>, ConvertError> {
+        self.bytes(name)?.map(|bytes| json_of(&self.path.join(name), &bytes)).transpose()
+    }
+
+    /// A file of JSON that must be there.
+    fn needed_json(&self, name: &str) -> Result<Value, ConvertError> {
+        let missing = || ConvertError::Read { path: self.path.join(name), error: std::io::ErrorKind::NotFound.into() };
+        self.json(name)?.ok_or_else(missing)
+    }
+
+    /// A text file, if it is there.
+    fn text(&self, name: &str) -> Result<Option<String>, ConvertError> {
+        let Some(bytes) = self.bytes(name)? else { return Ok(None) };
+        let why = |why: std::string::FromUtf8Error| why.to_string();
+        let damaged = |why| ConvertError::Damaged { path: self.path.join(name), what: "its text".into(), why };
+        String::from_utf8(bytes).map(Some).map_err(why).map_err(damaged)
+    }
+}
+
+fn read_bytes(path: &Path) -> Result<Vec<u8>, ConvertError> {
     let read = |error| ConvertError::Read { path: path.into(), error };
-    let damaged = |why: String| ConvertError::Damaged { path: path.into(), what: "its JSON".into(), why };
     let mut bytes = Vec::new();
     fs::File::open(path).map_err(read)?.take(MAX_JSON + 1).read_to_end(&mut bytes).map_err(read)?;
     if bytes.len() as u64 > MAX_JSON {
-        return Err(damaged(format!("it has more than {MAX_JSON} bytes")));
+        let why = format!("it has more than {MAX_JSON} bytes");
+        return Err(ConvertError::Damaged { path: path.into(), what: "its length".into(), why });
     }
-    serde_json::from_slice(&bytes).map_err(|why| damaged(why.to_string()))
+    Ok(bytes)
 }
 
-/// [`read_json`] of a file that need not be there.
-fn read_optional_json(path: &Path) -> Result<Option<Value>, ConvertError> {
-    if path.is_file() { read_json(path).map(Some) } else { Ok(None) }
-}
-
-/// A text file that need not be there.
-fn read_optional_text(path: &Path) -> Result<Option<String>, ConvertError> {
-    if !path.is_file() {
-        return Ok(None);
-    }
-    fs::read_to_string(path).map(Some).map_err(|error| ConvertError::Read { path: path.into(), error })
+fn json_of(path: &Path, bytes: &[u8]) -> Result<Value, ConvertError> {
+    let damaged = |why: String| ConvertError::Damaged { path: path.into(), what: "its JSON".into(), why };
+    serde_json::from_slice(bytes).map_err(|why| damaged(why.to_string()))
 }
 
 /// Tensors of all files with the number of their file; one name in two files is an error.

@@ -66,8 +66,13 @@ static TARGET: LazyLock<Target> = LazyLock::new(|| {
     pool.build_global().expect("the first pool");
     let name = std::env::var("INGLE_FUZZ_TARGET").unwrap_or_default();
     assert!(ingle_engine::fuzz::TARGETS.contains(&name.as_str()), "no target {name:?}");
-    // A template is a program: it may use up its fuel, and what strings it makes in that time.
-    let (memory, time) = if name == "template" || name == "tokenizer" { (1 << 30, 10_000) } else { (8 << 20, 100) };
+    let (memory, time) = match name.as_str() {
+        // A template is a program: it may use up its fuel, and what texts and values that pays for.
+        "template" => (512 << 20, 6_000),
+        "gguf" | "safetensors" => (1 << 20, 100),
+        // serde makes room for 1 MiB of a list whose length it was told, in each list of lists.
+        _ => (8 << 20, 100),
+    };
     // What is made once in a process (the tables of patterns) is none of a run's.
     ingle_engine::fuzz::run(&name, b"");
     Target { name, memory, time: Duration::from_millis(time) }
@@ -81,7 +86,7 @@ fn used() -> Duration {
 fuzz_target!(|data: &[u8]| {
     let target = &*TARGET;
     let start = used();
-    LIMIT.store(HELD.load(Relaxed) + target.memory + 64 * data.len(), Relaxed);
+    LIMIT.store(HELD.load(Relaxed) + target.memory + 16 * data.len(), Relaxed);
     ingle_engine::fuzz::run(&target.name, data);
     LIMIT.store(usize::MAX, Relaxed);
     let took = used() - start;

@@ -214,19 +214,18 @@ fn folders() -> Vec<Seed> {
 }
 
 fn tokenizers() -> Vec<Seed> {
-    let template = "{{ bos_token }}{% for m in messages %}<e>{{ m.role }} {{ m.content }}{% endfor %}";
     let bytes = "\u{1}a\n\u{1}b\n\u{1}Ġ\n\u{1}ab\n\u{3}<e>\n\u{4}<x>\n\u{1}Ċ\n\u{1}é\n";
     let pieces = "\u{2}<unk>\n\u{3}<s>\n\u{3}</s>\n\u{6}<0x41>\n\u{1}\u{2581}\n\u{1}\u{2581}a\n\u{1}ab\n\u{1}a\n\u{1}b\n\u{4}  \n";
     let words = "\u{3}[UNK]\n\u{3}[CLS]\n\u{3}[SEP]\n\u{1}\u{2581}a\n\u{1}b\n\u{1}\u{2581}hello\n";
-    let seed = |settings: &[u8], parts: [&str; 4]| [settings, b"\0", &joined(&parts)].concat();
+    let seed = |settings: &[u8], parts: [&str; 3]| [settings, b"\0", &joined(&parts)].concat();
     let text = "ab <x>a b\n\n <e> A\u{e9}\u{301}12 </s>it's";
     let mut seeds: Vec<Seed> = (1..7u8)
-        .map(|n| (format!("gpt2_{n}"), seed(&[3, n, n * 37, 4, 255, 255], [bytes, "a b\n", template, text])))
+        .map(|n| (format!("gpt2_{n}"), seed(&[3, n | 0x80, n * 37, 4, 255, 255], [bytes, "a b\n", text])))
         .collect();
-    seeds.push(("llama".into(), seed(&[1, 6, 0x18, 1, 2], [pieces, "", template, text])));
-    seeds.push(("phi3".into(), seed(&[1, 6, 0x81, 255], [pieces, "", template, text])));
-    seeds.push(("bert".into(), seed(&[2, 6, 8, 255, 255, 255, 2, 1], [words, "", "", "Hello ab \u{e9} b!"])));
-    debug_assert!(seeds.iter().all(|(_, seed)| parts::<5>(seed)[4].len() > 8));
+    seeds.push(("llama".into(), seed(&[1, 0x86, 0x18, 1, 2], [pieces, "", text])));
+    seeds.push(("phi3".into(), seed(&[1, 0x86, 0x81, 255], [pieces, "", text])));
+    seeds.push(("bert".into(), seed(&[2, 6, 8, 255, 255, 255, 2, 1], [words, "", "Hello ab \u{e9} b!"])));
+    debug_assert!(seeds.iter().all(|(_, seed)| parts::<4>(seed)[3].len() > 8));
     seeds
 }
 

@@ -26,7 +26,7 @@ fn a_sound_file_is_read() {
     assert_eq!(gguf.float("a.float").unwrap(), Some(0.5));
     assert_eq!(gguf.boolean("a.truth").unwrap(), Some(true));
     assert_eq!(gguf.texts("some.texts").unwrap().unwrap(), ["é", ""]);
-    assert_eq!(gguf.integers("some.numbers").unwrap().unwrap(), [-1, 2]);
+    assert_eq!(gguf.integers("some.numbers").unwrap().unwrap().collect::<Vec<_>>(), [-1, 2]);
     assert_eq!(gguf.number("nothing").unwrap(), None);
     let second = gguf.tensor("second").unwrap();
     assert_eq!(second.dimensions, [2, 2]);

@@ -1,5 +1,7 @@
 //! Metadata values of a GGUF file.
 
+use std::ops::Range;
+
 use super::{GgufError, Reader};
 
 /// The most bytes of one text in the metadata (chat templates are the longest, at some 10 KiB).
@@ -19,22 +21,59 @@ pub enum Value {
     /// UTF-8.
     Text(String),
     /// Many of one type.
-    Array(Array),
+    List(List),
 }
 
-/// Many values of one type.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Array {
-    /// Integers up to `i64::MAX`.
-    Integers(Vec<i64>),
-    /// `f32` and `f64`, as `f32`.
-    Floats(Vec<f32>),
-    /// Truth values.
-    Bools(Vec<bool>),
-    /// Texts.
-    Texts(Vec<String>),
-    /// Arrays of arrays.
-    Arrays(Vec<Array>),
+/// Many values of one type. They stay in the file and are read when they are asked for: a vocabulary has hundreds of
+/// thousands, and each as a value of its own would take several times the bytes that it has in the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct List {
+    kind: u32,
+    count: usize,
+    /// Their bytes in the file, looked through once: all are there, and texts are UTF-8.
+    place: Range<usize>,
+}
+
+impl List {
+    fn bytes<'a>(&self, file: &'a [u8]) -> &'a [u8] {
+        file.get(self.place.clone()).unwrap_or_default()
+    }
+
+    /// Its entries of `width` bytes, if it has values of one of these types.
+    fn entries<'a>(&self, file: &'a [u8], kinds: &[u32]) -> Option<std::slice::ChunksExact<'a, u8>> {
+        let width = least_bytes(self.kind)? as usize;
+        kinds.contains(&self.kind).then(|| self.bytes(file).chunks_exact(width))
+    }
+
+    /// All texts, if it has texts. They are looked through again, as somebody may have changed the file.
+    pub(super) fn texts<'a>(&self, file: &'a [u8], key: &str) -> Option<Result<Vec<&'a str>, GgufError>> {
+        let mut reader = Reader { bytes: self.bytes(file), at: 0 };
+        let next = |_| reader.str(MAX_TEXT, || format!("an entry of {key}"));
+        (self.kind == kind::TEXT).then(|| (0..self.count).map(next).collect())
+    }
+
+    /// All whole numbers, if it has whole numbers.
+    pub(super) fn integers<'a>(&self, file: &'a [u8]) -> Option<impl ExactSizeIterator<Item = i64> + use<'a>> {
+        use kind::{I8, I16, I32, I64, U8, U16, U32, U64};
+        let signed = [I8, I16, I32, I64].contains(&self.kind);
+        self.entries(file, &[U8, I8, U16, I16, U32, I32, U64, I64]).map(move |entries| {
+            entries.map(move |bytes| {
+                let fill = if signed && bytes.last().is_some_and(|high| high & 0x80 != 0) { 0xff } else { 0 };
+                let mut number = [fill; 8];
+                number[..bytes.len()].copy_from_slice(bytes);
+                i64::from_le_bytes(number)
+            })
+        })
+    }
+
+    /// All floating-point numbers, if it has any, as `f32`.
+    pub(super) fn floats<'a>(&self, file: &'a [u8]) -> Option<impl ExactSizeIterator<Item = f32> + use<'a>> {
+        let float = |bytes: &[u8]| match (bytes.first_chunk(), bytes.first_chunk()) {
+            (_, Some(eight)) => f64::from_le_bytes(*eight) as f32,
+            (four, None) => four.map_or(0.0, |four| f32::from_le_bytes(*four)),
+        };
+        self.entries(file, &[kind::F32, kind::F64]).map(|entries| entries.map(float))
+    }
 }
 
 impl Value {
@@ -45,7 +84,7 @@ impl Value {
             Self::Float(_) => "a floating-point number",
             Self::Bool(_) => "a truth value",
             Self::Text(_) => "a text",
-            Self::Array(_) => "a list",
+            Self::List(_) => "a list",
         }
     }
 
@@ -65,16 +104,8 @@ impl Value {
         if let Self::Bool(truth) = self { Some(*truth) } else { None }
     }
 
-    pub(super) fn as_texts(&self) -> Option<&[String]> {
-        if let Self::Array(Array::Texts(texts)) = self { Some(texts) } else { None }
-    }
-
-    pub(super) fn as_integers(&self) -> Option<&[i64]> {
-        if let Self::Array(Array::Integers(numbers)) = self { Some(numbers) } else { None }
-    }
-
-    pub(super) fn as_floats(&self) -> Option<&[f32]> {
-        if let Self::Array(Array::Floats(numbers)) = self { Some(numbers) } else { None }
+    pub(super) fn as_list(&self) -> Option<&List> {
+        if let Self::List(list) = self { Some(list) } else { None }
     }
 }
 
@@ -113,7 +144,7 @@ pub(super) fn read(reader: &mut Reader<'_>, key: &str, kind: u32, depth: u32) ->
         kind::TEXT => Value::Text(reader.text(MAX_TEXT, || key.into())?),
         kind::F32 | kind::F64 => Value::Float(float(reader, key, kind)?),
         kind::BOOL => Value::Bool(boolean(reader, key)?),
-        kind::ARRAY => Value::Array(array(reader, key, depth)?),
+        kind::ARRAY => Value::List(list(reader, key, depth)?),
         kind::U64 => match reader.u64(|| key.into())? {
             number if number > i64::MAX as u64 => Value::Unsigned(number),
             number => Value::Integer(number as i64),
@@ -122,30 +153,42 @@ pub(super) fn read(reader: &mut Reader<'_>, key: &str, kind: u32, depth: u32) ->
     })
 }
 
-fn array(reader: &mut Reader<'_>, key: &str, depth: u32) -> Result<Array, GgufError> {
-    let damaged = |why| Err(GgufError::Invalid { what: key.into(), why });
+fn list(reader: &mut Reader<'_>, key: &str, depth: u32) -> Result<List, GgufError> {
+    let damaged = |why: &str| Err(GgufError::Invalid { what: key.into(), why: why.into() });
     if depth == 0 {
-        return damaged("it is nested too deep".into());
+        return damaged("it is nested too deep");
     }
     let kind = reader.u32(|| format!("the element type of {key}"))?;
     let count = reader.u64(|| format!("the length of {key}"))?;
-    let Some(least) = least_bytes(kind) else { return damaged(format!("its element type is {kind}, which is none")) };
-    // Checked before room is made for them: a count can lie, the bytes behind it cannot.
+    let Some(least) = least_bytes(kind) else { return damaged(&format!("its element type is {kind}, which is none")) };
+    // A count can lie, the bytes behind it cannot.
     let limit = reader.rest() / least;
     if count > limit {
         return Err(GgufError::TooMany { what: format!("the length of {key}"), got: count, limit });
     }
-    Ok(match kind {
-        kind::TEXT => Array::Texts(many(count, || reader.text(MAX_TEXT, || format!("an entry of {key}")))?),
-        kind::F32 | kind::F64 => Array::Floats(many(count, || Ok(float(reader, key, kind)? as f32))?),
-        kind::BOOL => Array::Bools(many(count, || boolean(reader, key))?),
-        kind::ARRAY => Array::Arrays(many(count, || array(reader, key, depth - 1))?),
-        kind => Array::Integers(many(count, || integer(reader, key, kind))?),
-    })
-}
-
-fn many<T>(count: u64, mut next: impl FnMut() -> Result<T, GgufError>) -> Result<Vec<T>, GgufError> {
-    (0..count).map(|_| next()).collect()
+    let from = reader.at;
+    match kind {
+        kind::TEXT => {
+            for _ in 0..count {
+                reader.str(MAX_TEXT, || format!("an entry of {key}"))?;
+            }
+        }
+        kind::ARRAY => {
+            for _ in 0..count {
+                list(reader, key, depth - 1)?;
+            }
+        }
+        _ => {
+            let bytes = reader.take(count * least, || key.into())?;
+            if kind == kind::BOOL && bytes.iter().any(|byte| *byte > 1) {
+                return damaged("a truth value that is neither 0 nor 1");
+            }
+            if kind == kind::U64 && bytes.chunks_exact(8).any(|number| number[7] & 0x80 != 0) {
+                return damaged("a number is out of range");
+            }
+        }
+    }
+    Ok(List { kind, count: count as usize, place: from..reader.at })
 }
 
 fn integer(reader: &mut Reader<'_>, key: &str, kind: u32) -> Result<i64, GgufError> {
@@ -158,8 +201,6 @@ fn integer(reader: &mut Reader<'_>, key: &str, kind: u32) -> Result<i64, GgufErr
         kind::U32 => reader.u32(what)?.into(),
         kind::I32 => reader.array(what).map(i32::from_le_bytes)?.into(),
         kind::I64 => reader.array(what).map(i64::from_le_bytes)?,
-        kind::U64 => i64::try_from(reader.u64(what)?)
-            .map_err(|_| GgufError::Invalid { what: key.into(), why: "a number is out of range".into() })?,
         other => {
             return Err(GgufError::Invalid { what: key.into(), why: format!("its type is {other}, which is none") });
         }

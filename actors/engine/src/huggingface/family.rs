@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::config::Config;
-use super::{Metadata, read_optional_json};
+use super::{Folder, Metadata};
 use crate::gguf::MetaValue;
 use crate::quantize::ConvertError;
 
@@ -70,7 +70,7 @@ impl Family {
     }
 
     /// The hyperparameters under this family's keys.
-    pub fn parameters(self, config: &Config, folder: &Path) -> Result<Metadata, ConvertError> {
+    pub fn parameters(self, config: &Config, folder: &Folder) -> Result<Metadata, ConvertError> {
         let mut keys = Keys { architecture: self.architecture(), metadata: Metadata::new() };
         let heads = config.need(&["num_attention_heads"])?;
         keys.number("block_count", config.need(&["num_hidden_layers"])?);
@@ -173,21 +173,21 @@ impl Family {
 }
 
 /// What sentence-transformers says of pooling, if the folder is from there.
-fn pooling_of(folder: &Path) -> Result<Option<u32>, ConvertError> {
-    let Some(modules) = read_optional_json(&folder.join("modules.json"))? else { return Ok(None) };
+fn pooling_of(folder: &Folder) -> Result<Option<u32>, ConvertError> {
+    let Some(modules) = folder.json("modules.json")? else { return Ok(None) };
     let is_pooling = |module: &&Value| module["type"].as_str().is_some_and(|kind| kind.ends_with("Pooling"));
     let path = modules.as_array().and_then(|modules| modules.iter().find(is_pooling)?["path"].as_str());
     // A plain folder name, so that nothing outside is read.
     let Some(path) = path.filter(|path| Path::new(path).file_name() == Some(path.as_ref())) else { return Ok(None) };
-    let file = folder.join(path).join("config.json");
-    let Some(config) = read_optional_json(&file)? else { return Ok(None) };
+    let file = format!("{path}/config.json");
+    let Some(config) = folder.json(&file)? else { return Ok(None) };
     let set = |key: &str| config[key].as_bool() == Some(true);
     match () {
         () if set("pooling_mode_mean_tokens") => Ok(Some(pooling::MEAN)),
         () if set("pooling_mode_cls_token") => Ok(Some(pooling::CLS)),
         () if set("pooling_mode_lasttoken") => Ok(Some(pooling::LAST)),
         () => Err(ConvertError::Unsupported {
-            path: file,
+            path: folder.path.join(file),
             what: "this way of pooling".into(),
             hint: "mean, cls and last token can".into(),
         }),

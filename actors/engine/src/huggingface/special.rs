@@ -1,13 +1,11 @@
 //! Which token begins, ends and fills, and the chat template: what `SpecialVocab` of the `gguf` package reads from
 //! `tokenizer.json`, `tokenizer_config.json` and `config.json`.
 
-use std::path::Path;
-
 use serde_json::Value;
 
 use super::config::Config;
 use super::tokenizer::Json;
-use super::{Metadata, read_optional_json, read_optional_text};
+use super::{Folder, Metadata};
 use crate::gguf::MetaValue;
 use crate::quantize::ConvertError;
 
@@ -24,7 +22,7 @@ const NAMES: [(&str, &str); 7] = [
 
 /// The ids, what is added to every text, and the template. `count`: tokens of the vocabulary.
 pub(super) fn metadata(
-    folder: &Path,
+    folder: &Folder,
     json: &Json,
     settings: &Value,
     config: &Config,
@@ -93,7 +91,7 @@ fn around(processor: &Value) -> (Option<String>, Option<String>) {
 }
 
 /// The template: in the tokenizer's settings (alone, or the default of several), else in a file of its own.
-fn chat_template(folder: &Path, settings: &Value) -> Result<Option<String>, ConvertError> {
+fn chat_template(folder: &Folder, settings: &Value) -> Result<Option<String>, ConvertError> {
     match &settings["chat_template"] {
         Value::String(template) => return Ok(Some(template.clone())),
         Value::Array(named) => {
@@ -104,9 +102,9 @@ fn chat_template(folder: &Path, settings: &Value) -> Result<Option<String>, Conv
         }
         _ => {}
     }
-    if let Some(template) = read_optional_text(&folder.join("chat_template.jinja"))? {
+    if let Some(template) = folder.text("chat_template.jinja")? {
         return Ok(Some(template));
     }
-    let json = read_optional_json(&folder.join("chat_template.json"))?;
+    let json = folder.json("chat_template.json")?;
     Ok(json.and_then(|json| json["chat_template"].as_str().map(ToString::to_string)))
 }

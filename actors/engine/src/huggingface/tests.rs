@@ -109,7 +109,10 @@ fn a_llama_folder_becomes_a_llama_file() {
     let tokens = gguf.texts("tokenizer.ggml.tokens").unwrap().unwrap();
     assert_eq!(tokens[4..], ["ab", "[PAD5]", "[PAD6]", "[PAD7]", "<|x|>", "<end>", "  ", "[PAD11]"]);
     // Normal, unused, control by its looks, control by name, user-defined.
-    assert_eq!(gguf.integers("tokenizer.ggml.token_type").unwrap().unwrap(), [1, 1, 1, 1, 1, 5, 5, 5, 3, 3, 4, 5]);
+    assert_eq!(
+        gguf.integers("tokenizer.ggml.token_type").unwrap().unwrap().collect::<Vec<_>>(),
+        [1, 1, 1, 1, 1, 5, 5, 5, 3, 3, 4, 5]
+    );
     assert_eq!(gguf.texts("tokenizer.ggml.merges").unwrap().unwrap(), ["a b", "Ġ cĠd"]);
     assert!(crate::model::Hyperparameters::from_gguf(&gguf).is_ok());
     assert_eq!(gguf.tensors().count(), 12);
@@ -214,10 +217,11 @@ fn a_tokenizer_with_byte_fallback_gets_scores_from_its_merges() {
     put(&folder, "tokenizer_config.json", &json!({"bos_token": {"content": "<s>"}, "chat_template": "hi"}));
     let gguf = converted(folder.path()).unwrap();
     assert_eq!(gguf.text("tokenizer.ggml.model").unwrap(), Some("llama"));
-    assert_eq!(gguf.integers("tokenizer.ggml.token_type").unwrap().unwrap()[..8], [2, 3, 6, 1, 1, 1, 1, 1]);
-    let Some(crate::gguf::Value::Array(crate::gguf::Array::Floats(scores))) = gguf.find("tokenizer.ggml.scores") else {
-        panic!("no scores");
-    };
+    assert_eq!(
+        gguf.integers("tokenizer.ggml.token_type").unwrap().unwrap().collect::<Vec<_>>()[..8],
+        [2, 3, 6, 1, 1, 1, 1, 1]
+    );
+    let scores: Vec<f32> = gguf.floats("tokenizer.ggml.scores").unwrap().unwrap().collect();
     assert_eq!(scores[..8], [0.0, -1000.0, 0.0, -1.0, -2.0, -3.0, -3.0, -3.0]);
     assert_eq!(gguf.boolean("tokenizer.ggml.add_space_prefix").unwrap(), Some(true));
     assert_eq!(gguf.boolean("tokenizer.ggml.add_bos_token").unwrap(), Some(true));

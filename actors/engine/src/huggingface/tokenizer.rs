@@ -3,14 +3,14 @@
 //! `_create_vocab_sentencepiece` of llama.cpp's converter.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::Value;
 
 use super::config::Config;
 use super::family::Family;
 use super::special;
-use super::{Metadata, read_json, read_optional_json};
+use super::{Folder, Metadata};
 use crate::gguf::MetaValue;
 use crate::quantize::ConvertError;
 
@@ -60,18 +60,17 @@ struct Tokens {
 }
 
 /// Reads the tokenizer of a model folder.
-pub(super) fn read(folder: &Path, family: Family, config: &Config) -> Result<Vocabulary, ConvertError> {
-    let path = folder.join("tokenizer.json");
-    if !path.is_file() {
+pub(super) fn read(folder: &Folder, family: Family, config: &Config) -> Result<Vocabulary, ConvertError> {
+    let Some(root) = folder.json("tokenizer.json")? else {
         return Err(ConvertError::Unsupported {
-            path: folder.into(),
+            path: folder.path.clone(),
             what: "a folder without tokenizer.json".into(),
             hint: "load and save the tokenizer with a fast one of transformers, which writes it".into(),
         });
-    }
-    let settings = read_optional_json(&folder.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
+    };
+    let settings = folder.json("tokenizer_config.json")?.unwrap_or(Value::Null);
     let size = u64::from(config.need(&["vocab_size"])?);
-    let json = Json::new(path, size)?;
+    let json = Json::new(folder.path.join("tokenizer.json"), root, size)?;
     let model = &json.root["model"];
     let kind = model["type"].as_str().unwrap_or("BPE");
     let byte_fallback = model["byte_fallback"].as_bool() == Some(true);
@@ -90,8 +89,7 @@ pub(super) fn read(folder: &Path, family: Family, config: &Config) -> Result<Voc
 }
 
 impl Json {
-    fn new(path: PathBuf, size: u64) -> Result<Self, ConvertError> {
-        let root = read_json(&path)?;
+    fn new(path: PathBuf, root: Value, size: u64) -> Result<Self, ConvertError> {
         let mut json = Self { path, root, added: Vec::new(), vocabulary: Vec::new() };
         if size > MAX_TOKENS {
             return Err(json.damaged("vocab_size", format!("it is {size}, at most {MAX_TOKENS} is possible")));

@@ -1,42 +1,56 @@
 //! The model's own chat template (Jinja), rendered as Hugging Face transformers renders it.
 
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
+use minijinja::machinery::{self, CodeGenerator, Instructions, make_string_output, parse};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
-use minijinja::{Environment, Error, ErrorKind, context};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, context};
 use regex::{Captures, Regex};
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter};
 
 use super::{Conversation, PromptError, ToolSupport};
 
-/// Instructions of one rendering: a template that loops for ever ends in an error.
+mod bounds;
+
+/// Instructions of one rendering, with one more for each 64 bytes of new texts: a template that loops for ever, or
+/// makes texts of more than 320 MB in all, ends in an error.
 const FUEL: u64 = 5_000_000;
 
-/// A compiled template.
+/// A template that can be compiled.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    syntax: SyntaxConfig,
+    source: String,
     bos: String,
     eos: String,
     tools: ToolSupport,
 }
 
+/// Instructions of a template and of its blocks.
+type Compiled<'s> = (Instructions<'s>, BTreeMap<&'s str, Instructions<'s>>);
+
 impl ChatTemplate {
     /// Compiles `source`. `bos` and `eos` are the texts of the tokens that begin and end a sequence.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self, String> {
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        let syntax = syntax.map_err(|error| describe(&error))?;
         let mut environment = Environment::new();
-        environment.set_syntax(
-            SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|error| describe(&error))?,
-        );
+        environment.set_debug(false);
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);
-        environment.add_template_owned("chat", without_training_marks(source)?).map_err(|error| describe(&error))?;
-        Ok(Self { environment, bos: bos.into(), eos: eos.into(), tools: ToolSupport::of_template(source) })
+        bounds::install(&mut environment);
+        let tools = ToolSupport::of_template(source);
+        let source = bounds::check_source(&without_training_marks(source)?, &syntax)?;
+        let template = Self { environment, syntax, source, bos: bos.into(), eos: eos.into(), tools };
+        template.compile()?;
+        Ok(template)
     }
 
     /// What it knows of tools.
@@ -44,14 +58,28 @@ impl ChatTemplate {
         self.tools
     }
 
+    /// Compiled anew for each rendering: instructions borrow the source, and all of it takes less time than a token.
+    fn compile(&self) -> Result<Compiled<'_>, String> {
+        let tree = parse(&self.source, "chat", self.syntax.clone()).map_err(|error| describe(&error))?;
+        let mut generator = CodeGenerator::new("chat", &self.source);
+        generator.compile_stmt(&tree);
+        let (instructions, blocks) = generator.finish();
+        let blocks = blocks.iter().map(|(name, block)| Ok((*name, bounds::checked(block)?)));
+        Ok((bounds::checked(&instructions)?, blocks.collect::<Result<_, String>>()?))
+    }
+
     /// The conversation as text, ready for the assistant's turn.
     pub fn render(&self, conversation: &Conversation) -> Result<String, PromptError> {
         let Conversation { messages, tools } = conversation;
-        let template = self.environment.get_template("chat").map_err(|error| PromptError(describe(&error)))?;
+        let refused = |why| PromptError(format!("the model's chat template refuses this: {why}"));
+        let (instructions, blocks) = self.compile().map_err(PromptError)?;
         let (bos_token, eos_token) = (&self.bos, &self.eos);
-        template
-            .render(context! { messages, tools, add_generation_prompt => true, bos_token, eos_token })
-            .map_err(|error| PromptError(format!("the model's chat template refuses this: {}", describe(&error))))
+        let values = context! { messages, tools, add_generation_prompt => true, bos_token, eos_token };
+        let mut text = String::new();
+        let mut out = make_string_output(&mut text);
+        machinery::eval(&self.environment, &instructions, values, &blocks, &mut out, AutoEscape::None)
+            .map_err(|error| refused(describe(&error)))?;
+        Ok(text)
     }
 }
 
@@ -71,6 +99,7 @@ fn describe(error: &Error) -> String {
     let line = error.line().map(|line| format!(" (line {line} of the template)")).unwrap_or_default();
     match error.detail() {
         Some(detail) => format!("{detail}{line}"),
+        None if error.kind() == ErrorKind::OutOfFuel => format!("it takes too much time or memory{line}"),
         None => format!("{}{line}", error.kind()),
     }
 }
@@ -87,23 +116,44 @@ fn strftime_now(format: &str) -> Result<String, Error> {
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`.
-fn to_json(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
+fn to_json(state: &State, value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     let _: Option<bool> = kwargs.get("ensure_ascii")?;
     kwargs.assert_all_used()?;
+    // What the rest of the fuel pays for.
+    let limit = state.fuel_levels().map_or(u64::MAX, |(_, left)| left.saturating_mul(64));
+    let out = Limited { bytes: Vec::new(), limit: usize::try_from(limit).unwrap_or(usize::MAX) };
     let text = match indent {
-        Some(width) => write_json(value, PrettyFormatter::with_indent(" ".repeat(width.min(16)).as_bytes())),
-        None => write_json(value, PythonFormatter(CompactFormatter)),
+        Some(width) => write_json(out, value, PrettyFormatter::with_indent(" ".repeat(width.min(16)).as_bytes())),
+        None => write_json(out, value, PythonFormatter(CompactFormatter)),
     };
     text.map(Value::from_safe_string).map_err(|why| Error::new(ErrorKind::BadSerialization, why))
 }
 
-fn write_json(value: &Value, formatter: impl Formatter) -> Result<String, String> {
-    let mut bytes = Vec::new();
+/// Bytes, up to a limit.
+struct Limited {
+    bytes: Vec<u8>,
+    limit: usize,
+}
+
+impl std::io::Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if bytes.len() > self.limit - self.bytes.len() {
+            return Err(std::io::Error::other("the JSON takes too much memory"));
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn write_json(mut out: Limited, value: &Value, formatter: impl Formatter) -> Result<String, String> {
     value
-        .serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter))
+        .serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
         .map_err(|error| error.to_string())?;
-    String::from_utf8(bytes).map_err(|error| error.to_string())
+    String::from_utf8(out.bytes).map_err(|error| error.to_string())
 }
 
 /// JSON on one line with a space behind each comma and colon.

@@ -71,7 +71,7 @@ impl SentencePiece {
     /// From a vocabulary of type `llama`.
     pub fn new(vocabulary: &Vocabulary<'_>) -> Result<Self, EngineError> {
         // −0 is 0.
-        let scores = vocabulary.scores()?.iter().map(|score| score + 0.0).collect();
+        let scores = vocabulary.scores()?.map(|score| score + 0.0).collect();
         let ids = vocabulary.pieces();
         let mut bytes = vec![None; 256];
         for (id, token) in vocabulary.of(&[Kind::Byte]) {

@@ -47,27 +47,30 @@ pub(super) struct Vocabulary<'a> {
     gguf: &'a Gguf,
     model: &'a str,
     /// The texts of the tokens, as the file has them.
-    pub tokens: &'a [String],
+    pub tokens: Vec<&'a str>,
     kinds: Vec<Kind>,
 }
 
 impl<'a> Vocabulary<'a> {
     /// Reads the tokens and their types. `model` is the type of the tokenizer.
     pub fn read(gguf: &'a Gguf, model: &'a str) -> Result<Self, EngineError> {
-        let mut vocabulary = Self { gguf, model, tokens: &[], kinds: vec![] };
+        let mut vocabulary = Self { gguf, model, tokens: vec![], kinds: vec![] };
         let key = "tokenizer.ggml.tokens";
         let tokens = vocabulary.sound(gguf.texts(key))?.filter(|tokens| !tokens.is_empty());
         vocabulary.tokens = tokens.ok_or_else(|| vocabulary.missing(key))?;
-        let tokens = vocabulary.tokens;
+        let tokens = &vocabulary.tokens;
         if u32::try_from(tokens.len()).is_err() {
             return Err(vocabulary.broken(format!("{} tokens are more than can be numbered", tokens.len())));
         }
-        let types = vocabulary.sound(gguf.integers("tokenizer.ggml.token_type"))?.unwrap_or(&[]);
-        if !types.is_empty() && types.len() != tokens.len() {
+        let types = vocabulary.sound(gguf.integers("tokenizer.ggml.token_type"))?.filter(|types| types.len() != 0);
+        if let Some(types) = &types
+            && types.len() != tokens.len()
+        {
             return Err(vocabulary.broken(format!("{} tokens, but {} token types", tokens.len(), types.len())));
         }
-        let kind = |(id, token): (usize, &String)| match types.get(id) {
-            _ if ENDS.contains(&token.as_str()) => Kind::Control,
+        let mut types = types.into_iter().flatten();
+        let kind = |token: &&str| match types.next() {
+            _ if ENDS.contains(token) => Kind::Control,
             Some(2) => Kind::Unknown,
             Some(3) => Kind::Control,
             Some(4) => Kind::UserDefined,
@@ -75,13 +78,13 @@ impl<'a> Vocabulary<'a> {
             Some(6) => Kind::Byte,
             _ => Kind::Normal,
         };
-        vocabulary.kinds = tokens.iter().enumerate().map(kind).collect();
+        vocabulary.kinds = tokens.iter().map(kind).collect();
         Ok(vocabulary)
     }
 
     /// All tokens with their ids and kinds.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &'a str, Kind)> {
-        (0u32..).zip(self.tokens).zip(&self.kinds).map(|((id, token), kind)| (id, token.as_str(), *kind))
+        (0u32..).zip(&self.tokens).zip(&self.kinds).map(|((id, token), kind)| (id, *token, *kind))
     }
 
     /// Those of some kinds that have a text.
@@ -120,7 +123,7 @@ impl<'a> Vocabulary<'a> {
 
     /// The text of a token; empty for none.
     pub fn text_of(&self, id: Option<u32>) -> &'a str {
-        id.and_then(|id| self.tokens.get(id as usize)).map_or("", String::as_str)
+        id.and_then(|id| self.tokens.get(id as usize)).map_or("", |token| *token)
     }
 
     /// A truth value under `tokenizer.ggml.*`.
@@ -134,13 +137,13 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// A list that must be there.
-    pub fn merges(&self) -> Result<&'a [String], EngineError> {
+    pub fn merges(&self) -> Result<Vec<&'a str>, EngineError> {
         let key = "tokenizer.ggml.merges";
         self.sound(self.gguf.texts(key))?.ok_or_else(|| self.missing(key))
     }
 
     /// One score for each token.
-    pub fn scores(&self) -> Result<&'a [f32], EngineError> {
+    pub fn scores(&self) -> Result<impl Iterator<Item = f32>, EngineError> {
         let key = "tokenizer.ggml.scores";
         let scores = self.sound(self.gguf.floats(key))?.ok_or_else(|| self.missing(key))?;
         if scores.len() != self.tokens.len() {

@@ -5,7 +5,7 @@
 //! up on long text. So the patterns here end in `\s+`, and [`Words::cut`] gives the last character back.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use regex::Regex;
 
@@ -31,7 +31,7 @@ pub(super) const SUPPORTED: [&str; 13] = [
 pub(super) struct Words {
     /// Each number is a word, whatever stands around it.
     digits_apart: bool,
-    pattern: Regex,
+    pattern: Arc<Regex>,
     /// Line breaks with the white space in front of them are words of their own.
     lines: bool,
     /// The text is normalized to NFC before.
@@ -52,15 +52,16 @@ const QWEN35: &str =
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+";
 
-/// The pattern, compiled once in a process: it takes milliseconds, as Unicode has many letters.
-fn compiled(pattern: &'static str) -> Result<Regex, regex::Error> {
-    static KNOWN: Mutex<Option<HashMap<&str, Regex>>> = Mutex::new(None);
+/// The pattern, compiled once in a process: it takes milliseconds, as Unicode has many letters. A copy of a `Regex`
+/// would find out its states anew, so it is shared.
+fn compiled(pattern: &'static str) -> Result<Arc<Regex>, regex::Error> {
+    static KNOWN: Mutex<Option<HashMap<&str, Arc<Regex>>>> = Mutex::new(None);
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     let known = known.get_or_insert_default();
     if let Some(regex) = known.get(pattern) {
-        return Ok(regex.clone());
+        return Ok(Arc::clone(regex));
     }
-    Ok(known.entry(pattern).or_insert(Regex::new(pattern)?).clone())
+    Ok(Arc::clone(known.entry(pattern).or_insert(Arc::new(Regex::new(pattern)?))))
 }
 
 impl Words {
