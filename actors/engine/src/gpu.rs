@@ -6,13 +6,14 @@
 
 use std::sync::Mutex;
 
+use burn_wgpu::graphics::AutoGraphicsApi;
+use burn_wgpu::{RuntimeOptions, WgpuSetup, wgpu};
 use cubecl::CubeElement;
 use cubecl::client::Client;
 use cubecl::device::WgpuDeviceKind;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::{BufferArg, CubeDim};
 use cubecl::server::Handle;
-use cubecl::wgpu::{AutoGraphicsApi, RuntimeOptions, WgpuSetup, wgpu};
 
 use crate::gguf::Gguf;
 use crate::model::Hyperparameters;
@@ -142,7 +143,7 @@ impl Card {
         let devices = cubecl::Device::enumerate_all().into_iter().filter_map(wgpu);
         let device = devices.min_by_key(|device| device.kind == WgpuDeviceKind::Cpu)?;
         let options = RuntimeOptions { tasks_max: LAUNCHES, ..RuntimeOptions::default() };
-        let setup = cubecl::wgpu::try_init_setup::<AutoGraphicsApi>(&device, options).ok()?;
+        let setup = burn_wgpu::try_init_setup::<AutoGraphicsApi>(&device, options).ok()?;
         let client = cubecl::Device::Wgpu(device).client();
         let info = setup.adapter.get_info();
         let halves = client.properties().supports_type(ElemType::Float(FloatKind::F16));
