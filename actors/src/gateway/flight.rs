@@ -269,7 +269,12 @@ impl Flight {
         let cause = format!("{:?}: {}", refused.kind, refused.message);
         // Waiting for a place is the business of the door, not of a request that is through it already.
         let hopeful = matches!(refused.kind, RefusalKind::Loading | RefusalKind::UnknownModel);
-        self.go_on(next, &cause, Answer::Refused(refused), hopeful)
+        // Where it broke first says more than that it could not go on there.
+        let end = match self.pending.end.take() {
+            Some(first) if self.delivered() > 0 => first,
+            _ => Answer::Refused(refused),
+        };
+        self.go_on(next, &cause, end, hopeful)
     }
 
     fn failed(&mut self, failed: Failed) -> Result<Step, GatewayError> {
