@@ -14,11 +14,9 @@ fairness   A script asks 500 times at once, a person once a second, each with a 
 """
 
 import asyncio
-import collections
 import contextlib
 import json
 import multiprocessing
-import sys
 import threading
 import time
 from pathlib import Path
@@ -28,6 +26,8 @@ from measuring import (Answer, Node, Stage, ask, chat, cluster, failures, machin
 
 PARTS = ("crowd", "overload", "fairness")
 IDLE, LORIS, BODIES, BODY_BYTES = 10_000, 1_000, 4, 64_000_000
+#: Bytes a second of each who sends bodies: four of them fill a network of 1 Gbit/s.
+BODY_RATE = 30e6
 #: Small requests a second beside the crowd, and for how long.
 RATE, SECONDS = 40.0, 10.0
 #: 25 tokens with 10 ms for each. Four places for each worker: 16 such answers a second.
@@ -89,9 +89,11 @@ async def big_body(to: str, stop: float, opened) -> None:
             kind = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {BODY_BYTES}"
             with contextlib.suppress(OSError):
                 writer.write(f"POST /v1/chat/completions HTTP/1.1\r\nHost: {to}\r\n{kind}\r\n\r\n".encode())
-                for _ in range(BODY_BYTES // len(part)):
+                began = time.monotonic()
+                for n in range(BODY_BYTES // len(part)):
                     if time.monotonic() > stop:
                         break
+                    await asyncio.sleep(max(0.0, began + n * len(part) / BODY_RATE - time.monotonic()))
                     writer.write(b"10000\r\n" + part + b"\r\n" if chunked else part)
                     await writer.drain()
             writer.close()
@@ -200,7 +202,8 @@ def measure_overload(ingle: Path) -> dict:
             async def client() -> None:
                 nonlocal done
                 while time.monotonic() < end:
-                    done += (await ask(to, chat("echo", PROMPT))).ok
+                    answer = await ask(to, chat("echo", PROMPT))
+                    done += answer.ok
             await asyncio.gather(*(client() for _ in range(WORKERS * PLACES * 3 // 2)))
             return done / seconds
         asyncio.run(closed(4))
@@ -224,7 +227,8 @@ def measure_overload(ingle: Path) -> dict:
             "reject_p99_ms": quantile((answer.took * 1e3 for answer in rejected), 0.99),
             "reject_max_ms": max((answer.took * 1e3 for answer in rejected), default=float("nan")),
             "longest_answer_s": max((answer.took for answer in good), default=float("nan")),
-            "other_failures": {why: count for why, count in failures(answers).items() if "HTTP 429" not in why and "HTTP 503" not in why},
+            "other_failures": {
+                why: count for why, count in failures(answers).items() if "HTTP 429" not in why and "HTTP 503" not in why},
         }
 
 
