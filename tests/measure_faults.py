@@ -11,7 +11,8 @@ killed     60 requests/s on three workers behind an ingress node without a model
 stopped    The same with SIGSTOP: of node and engine, and of the engine alone, whose node goes on answering its peers.
            Also: how long after SIGCONT until it gets requests again (at most 2 s wanted).
 streams    Greedy streams of a real model, a worker's node and engine killed in the middle of each round: how many have
-           the text of an undisturbed stream (all wanted), and p99 of their widest gaps (at most 2 s wanted).
+           the text of an undisturbed stream (all wanted), and p99 of their widest gaps (at most 2 s wanted). Only
+           streams that ran on the killed worker count.
 rolling    Three workers under load get SIGTERM and start again, one after the other. Wanted: 0 failed, 0 truncated.
 ingresses  Three ingress nodes behind nginx (configs/nginx.conf) likewise. Wanted: 0 failed, 0 truncated.
 """
@@ -135,30 +136,39 @@ def streams(ingle: Path, model: str, total: int) -> list[dict]:
         middle = quantile((answer.took for answer in undisturbed), 0.5) / 2
         say(f"streams: {at_once} take {2 * middle:.1f} s undisturbed; killing a worker in the middle of each round")
 
-        async def round_of(victim: Node) -> list[Answer]:
+        async def one_round() -> tuple[Node, float, list[Answer]]:
             running = asyncio.create_task(all_of_them())
             await asyncio.sleep(middle)
+            status = await asyncio.to_thread(ingress.status)
+            busy = {node["name"]: sum(model["running"] for model in node["models"]) for node in status["nodes"]}
+            victim = max(workers, key=lambda worker: busy.get(worker.name, 0))
+            at = time.monotonic()
             signal_all(victim.pids(), signal.SIGKILL)
-            return await running
+            return victim, at, await running
 
-        answers, hit = [], 0
-        for n in range(-(-total // at_once)):
-            # The worker that answers most: who was asked is known from the last round's header only, so all take turns.
-            victim = workers[n % 3]
-            round_answers = asyncio.run(round_of(victim))
+        # Only streams that ran on the victim count, so there are more rounds than the number of streams needs.
+        hit, others = [], []
+        for _ in range(3 * total):
+            if len(hit) >= total:
+                break
+            victim, at, answers = asyncio.run(one_round())
+            for answer, text in zip(answers, expected):
+                was_there = answer.node == victim.name and answer.tokens and answer.tokens[0] < at < answer.ended
+                (hit if was_there else others).append((answer, text))
             victim.process.wait(10)
-            hit += sum(answer.node == victim.name for answer in round_answers)
-            answers += [(answer, expected[i]) for i, answer in enumerate(round_answers)]
             victim.up()
             ingress.until_ready(3)
-        gaps = [answer.widest_gap for answer, _ in answers if answer.ok]
+        gaps = [answer.widest_gap for answer, _ in hit if answer.ok]
+
+        def counts(of: list[tuple[Answer, str]]) -> tuple[int, int]:
+            return sum(not answer.ok for answer, _ in of), sum(answer.ok and answer.text == text for answer, text in of)
         return [{
-            "what": "greedy streams, kill -9 in the middle", "requests": len(answers), "on_the_killed_worker": hit,
-            "failed": sum(not answer.ok for answer, _ in answers),
-            "identical": sum(answer.ok and answer.text == text for answer, text in answers),
-            "gap_p50_s": round(quantile(gaps, 0.5), 3), "gap_p99_s": round(quantile(gaps, 0.99), 3),
+            "what": "greedy streams, kill -9 in the middle", "hit": len(hit), "failed": counts(hit)[0],
+            "identical": counts(hit)[1], "gap_p50_s": round(quantile(gaps, 0.5), 3),
+            "gap_p99_s": round(quantile(gaps, 0.99), 3), "not_hit": len(others), "not_hit_failed": counts(others)[0],
+            "not_hit_identical": counts(others)[1],
             "undisturbed_gap_s": round(max(answer.widest_gap for answer in undisturbed), 3),
-            "failures": failures(answer for answer, _ in answers),
+            "failures": failures(answer for answer, _ in hit + others),
         }]
 
 
