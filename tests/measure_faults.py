@@ -18,13 +18,14 @@ ingresses  Three ingress nodes behind nginx (configs/nginx.conf) likewise. Wante
 """
 
 import asyncio
+import json
 import signal
 import sys
 import time
 from pathlib import Path
 
-from measuring import (Answer, Node, Stage, ask, chat, cluster, failures, free_port, machine, nginx, parser, quantile, say,
-                       send, steadily, table)
+from asking import Answer, ask, chat, failures, steadily
+from measuring import Node, Stage, cluster, free_port, machine, nginx, parser, quantile, say, send, table
 
 RATE = 60.0
 #: 24 tokens with 10 ms for each: at 60 requests/s about 15 are being answered, over three workers of 16 places.
@@ -230,7 +231,6 @@ def main() -> None:
             rows += measure(given.ingle)
     greedy = streams(given.ingle, given.model, given.streams) if "streams" in chosen else []
     if given.json:
-        import json
         print(json.dumps({"machine": on, "faults": rows, "streams": greedy}, indent=2))
         return
     print(on)
