@@ -21,8 +21,8 @@ import threading
 import time
 from pathlib import Path
 
-from measuring import (Answer, Node, Stage, ask, chat, cluster, failures, machine, parser, pss_mib, quantile, say,
-                       steadily, table)
+from asking import Answer, ask, chat, failures, steadily
+from measuring import Node, Stage, machine, parser, pss_mib, quantile, say, table
 
 PARTS = ("crowd", "overload", "fairness")
 IDLE, LORIS, BODIES, BODY_BYTES = 10_000, 1_000, 4, 64_000_000

@@ -6,24 +6,26 @@
 All parts but `streams` use the echo engine: what is measured is the path. Each request is a stream whose undisturbed
 time is known, because the engine takes a given time for each token.
 
-killed     60 requests/s on three workers behind an ingress node without a model; one worker's node and engine get
-           SIGKILL. Wanted: 0 failed, at most 10 requests slower than 1 s beyond their undisturbed time.
+killed     60 requests/s on three workers behind an ingress node without a model; the busiest worker's node and engine
+           get SIGKILL. Wanted: 0 failed, at most 10 requests slower than 1 s beyond their undisturbed time.
 stopped    The same with SIGSTOP: of node and engine, and of the engine alone, whose node goes on answering its peers.
            Also: how long after SIGCONT until it gets requests again (at most 2 s wanted).
 streams    Greedy streams of a real model, a worker's node and engine killed in the middle of each round: how many have
-           the text of an undisturbed stream (all wanted), and p99 of their widest gaps (at most 2 s wanted).
+           the text of an undisturbed stream (all wanted), and p99 of their widest gaps (at most 2 s wanted). Only
+           streams that ran on the killed worker count.
 rolling    Three workers under load get SIGTERM and start again, one after the other. Wanted: 0 failed, 0 truncated.
 ingresses  Three ingress nodes behind nginx (configs/nginx.conf) likewise. Wanted: 0 failed, 0 truncated.
 """
 
 import asyncio
+import json
 import signal
 import sys
 import time
 from pathlib import Path
 
-from measuring import (Answer, Node, Stage, ask, chat, cluster, failures, free_port, machine, nginx, parser, quantile, say,
-                       send, steadily, table)
+from asking import Answer, ask, chat, failures, steadily
+from measuring import Node, Stage, cluster, free_port, machine, nginx, parser, quantile, say, send, table
 
 RATE = 60.0
 #: 24 tokens with 10 ms for each: at 60 requests/s about 15 are being answered, over three workers of 16 places.
@@ -78,14 +80,35 @@ def signal_all(pids: list[int], what: signal.Signals) -> None:
         send(pid, what)
 
 
+class Victim:
+    """The worker that has the most requests when its time comes; one that has none would prove nothing."""
+
+    def __init__(self, workers: list[Node], ingress: Node) -> None:
+        self.workers, self.ingress, self.node, self.at, self.pids = workers, ingress, None, 0.0, []
+
+    def strike(self, what: signal.Signals, chosen: slice = slice(0, None)) -> None:
+        """Sends the signal to the chosen ones of its node and its engines, in this order."""
+        status = self.ingress.status()
+        busy = {node["name"]: sum(model["running"] for model in node["models"]) for node in status["nodes"]}
+        self.node = max(self.workers, key=lambda worker: busy.get(worker.name, 0))
+        self.pids, self.at = self.node.pids()[chosen], time.monotonic()
+        signal_all(self.pids, what)
+
+    def had(self, answers: list[Answer]) -> int:
+        """How many answers it had begun and not finished."""
+        return sum(answer.node == self.node.name and bool(answer.tokens) and answer.tokens[0] < self.at < answer.ended
+                   for answer in answers)
+
+
 def killed(ingle: Path) -> list[dict]:
     with Stage() as stage:
         workers, [ingress] = cluster(stage, ingle, 3, "echo")
         undisturbed = asyncio.run(warm(ingress.http))
-        say("killed: SIGKILL of one worker after 4 s")
-        victim = workers[0].pids()
-        answers = asyncio.run(during(12, ingress.http, (4, lambda: signal_all(victim, signal.SIGKILL))))
-        return [summary("worker's node and engine killed", answers, undisturbed)]
+        say("killed: SIGKILL of the busiest worker after 4 s")
+        victim = Victim(workers, ingress)
+        answers = asyncio.run(during(12, ingress.http, (4, lambda: victim.strike(signal.SIGKILL))))
+        row = summary("worker's node and engine killed", answers, undisturbed)
+        return [{**row, "hit": victim.had(answers)}]
 
 
 def stopped(ingle: Path) -> list[dict]:
@@ -95,18 +118,18 @@ def stopped(ingle: Path) -> list[dict]:
             workers, [ingress] = cluster(stage, ingle, 3, "echo")
             undisturbed = asyncio.run(warm(ingress.http))
             say(f"stopped: {what} after 4 s, for 8 s")
-            pids = workers[0].pids()[chosen]
-            resumed = []
+            victim, resumed = Victim(workers, ingress), []
 
             def resume() -> None:
                 resumed.append(time.monotonic())
-                signal_all(pids, signal.SIGCONT)
+                signal_all(victim.pids, signal.SIGCONT)
 
-            answers = asyncio.run(during(22, ingress.http, (4, lambda: signal_all(pids, signal.SIGSTOP)), (12, resume)))
+            stop = (4, lambda: victim.strike(signal.SIGSTOP, chosen))
+            answers = asyncio.run(during(22, ingress.http, stop, (12, resume)))
             back = [answer.sent for answer in answers
-                    if answer.ok and answer.node == workers[0].name and answer.sent > resumed[0]]
+                    if answer.ok and answer.node == victim.node.name and answer.sent > resumed[0]]
             row = summary(what, answers, undisturbed)
-            row["back_after_s"] = round(min(back) - resumed[0], 2) if back else None
+            row |= {"hit": victim.had(answers), "back_after_s": round(min(back) - resumed[0], 2) if back else None}
             rows.append(row)
     return rows
 
@@ -135,30 +158,39 @@ def streams(ingle: Path, model: str, total: int) -> list[dict]:
         middle = quantile((answer.took for answer in undisturbed), 0.5) / 2
         say(f"streams: {at_once} take {2 * middle:.1f} s undisturbed; killing a worker in the middle of each round")
 
-        async def round_of(victim: Node) -> list[Answer]:
+        async def one_round() -> tuple[Node, float, list[Answer]]:
             running = asyncio.create_task(all_of_them())
             await asyncio.sleep(middle)
+            status = await asyncio.to_thread(ingress.status)
+            busy = {node["name"]: sum(model["running"] for model in node["models"]) for node in status["nodes"]}
+            victim = max(workers, key=lambda worker: busy.get(worker.name, 0))
+            at = time.monotonic()
             signal_all(victim.pids(), signal.SIGKILL)
-            return await running
+            return victim, at, await running
 
-        answers, hit = [], 0
-        for n in range(-(-total // at_once)):
-            # The worker that answers most: who was asked is known from the last round's header only, so all take turns.
-            victim = workers[n % 3]
-            round_answers = asyncio.run(round_of(victim))
+        # Only streams that ran on the victim count, so there are more rounds than the number of streams needs.
+        hit, others = [], []
+        for _ in range(3 * total):
+            if len(hit) >= total:
+                break
+            victim, at, answers = asyncio.run(one_round())
+            for answer, text in zip(answers, expected):
+                was_there = answer.node == victim.name and answer.tokens and answer.tokens[0] < at < answer.ended
+                (hit if was_there else others).append((answer, text))
             victim.process.wait(10)
-            hit += sum(answer.node == victim.name for answer in round_answers)
-            answers += [(answer, expected[i]) for i, answer in enumerate(round_answers)]
             victim.up()
             ingress.until_ready(3)
-        gaps = [answer.widest_gap for answer, _ in answers if answer.ok]
+        gaps = [answer.widest_gap for answer, _ in hit if answer.ok]
+
+        def counts(of: list[tuple[Answer, str]]) -> tuple[int, int]:
+            return sum(not answer.ok for answer, _ in of), sum(answer.ok and answer.text == text for answer, text in of)
         return [{
-            "what": "greedy streams, kill -9 in the middle", "requests": len(answers), "on_the_killed_worker": hit,
-            "failed": sum(not answer.ok for answer, _ in answers),
-            "identical": sum(answer.ok and answer.text == text for answer, text in answers),
-            "gap_p50_s": round(quantile(gaps, 0.5), 3), "gap_p99_s": round(quantile(gaps, 0.99), 3),
+            "what": "greedy streams, kill -9 in the middle", "hit": len(hit), "failed": counts(hit)[0],
+            "identical": counts(hit)[1], "gap_p50_s": round(quantile(gaps, 0.5), 3),
+            "gap_p99_s": round(quantile(gaps, 0.99), 3), "not_hit": len(others), "not_hit_failed": counts(others)[0],
+            "not_hit_identical": counts(others)[1],
             "undisturbed_gap_s": round(max(answer.widest_gap for answer in undisturbed), 3),
-            "failures": failures(answer for answer, _ in answers),
+            "failures": failures(answer for answer, _ in hit + others),
         }]
 
 
@@ -220,12 +252,11 @@ def main() -> None:
             rows += measure(given.ingle)
     greedy = streams(given.ingle, given.model, given.streams) if "streams" in chosen else []
     if given.json:
-        import json
         print(json.dumps({"machine": on, "faults": rows, "streams": greedy}, indent=2))
         return
     print(on)
     if rows:
-        columns = ["requests", "failed", "wrong_text", "slow", "p50_s", "p99_s", "longest_s", "back_after_s"]
+        columns = ["requests", "hit", "failed", "wrong_text", "slow", "p50_s", "p99_s", "longest_s", "back_after_s"]
         print(table(f"{RATE:.0f} requests/s; slow: more than {SLOW:.0f} s beyond the undisturbed time", ["", *columns],
                     [[row["what"], *(row.get(column) for column in columns)] for row in rows]))
     for row in greedy:

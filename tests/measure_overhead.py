@@ -45,9 +45,9 @@ class Way:
 
     name: str
     to: str
-    model: str
     first_pids: list[int]
-    start_ms: float
+    both_ms: float
+    first_ms: float
 
     def pids(self) -> list[int]:
         return [pid for first in self.first_pids for pid in tree(first)]
@@ -86,7 +86,7 @@ def certificate(folder: Path) -> None:
                    cwd=folder, check=True, capture_output=True)
 
 
-def two_nginx(stage: Stage, upstream: str, tls: bool, cores: str | None) -> tuple[str, list[int]]:
+def two_nginx(stage: Stage, upstream: str, tls: bool, cores: str | None) -> tuple[str, list[int], float]:
     folder, near, far = stage.folder, free_port(), free_port()
     key = f"{folder}/nginx.crt; {{}}_certificate_key {folder}/nginx.key;"
     server = (f"ssl_certificate {key.format('ssl')} ssl_client_certificate {folder}/nginx.crt; ssl_verify_client on; "
@@ -96,39 +96,43 @@ def two_nginx(stage: Stage, upstream: str, tls: bool, cores: str | None) -> tupl
     name = "nginx-tls" if tls else "nginx"
     if tls:
         certificate(folder)
-    processes = [nginx(stage, f"{name}-{side}", NGINX.format(folder=folder, name=f"{name}-{side}", **values), cores)
-                 for side, values in (
-        ("far", {"to": upstream, "port": far, "listen": " ssl" if tls else "", "server": server, "scheme": "http", "client": ""}),
-        ("near", {"to": f"127.0.0.1:{far}", "port": near, "listen": "", "server": "", "scheme": "https" if tls else "http",
-                  "client": client}))]
-    return f"127.0.0.1:{near}", [process.pid for process in processes]
+
+    def start(side: str, **values: object) -> int:
+        return nginx(stage, f"{name}-{side}", NGINX.format(folder=folder, name=f"{name}-{side}", **values), cores).pid
+    second = start("far", to=upstream, port=far, listen=" ssl" if tls else "", server=server, scheme="http", client="")
+    began = time.monotonic()
+    first = start("near", to=f"127.0.0.1:{far}", port=near, listen="", server="", scheme="https" if tls else "http",
+                  client=client)
+    return f"127.0.0.1:{near}", [first, second], time.monotonic() - began
 
 
-def two_relays(stage: Stage, tools: Path, upstream: str, cores: str | None) -> tuple[str, list[int]]:
+def two_relays(stage: Stage, tools: Path, upstream: str, cores: str | None) -> tuple[str, list[int], float]:
     far, address = stage.tool(tools, "tcp-relay", "--to", upstream, cores=cores)
+    began = time.monotonic()
     near, address = stage.tool(tools, "tcp-relay", "--to", address, cores=cores)
-    return address, [near.pid, far.pid]
+    return address, [near.pid, far.pid], time.monotonic() - began
 
 
-def two_floors(stage: Stage, tools: Path, upstream: str, cores: str | None) -> tuple[str, list[int]]:
+def two_floors(stage: Stage, tools: Path, upstream: str, cores: str | None) -> tuple[str, list[int], float]:
     far, address = stage.tool(tools, "quic-worker", "--to", upstream, "--folder", stage.folder, cores=cores)
+    began = time.monotonic()
     near, address = stage.tool(tools, "quic-ingress", "--to", address, "--folder", stage.folder, cores=cores)
-    return address, [near.pid, far.pid]
+    return address, [near.pid, far.pid], time.monotonic() - began
 
 
-def two_nodes(stage: Stage, ingle: Path, upstream: str, cores: str | None) -> tuple[str, list[int]]:
+def two_nodes(stage: Stage, ingle: Path, upstream: str, cores: str | None) -> tuple[str, list[int], float]:
     # As many at a time as the server takes; without that a server of unknown kind is trusted with eight.
     config = f'[[endpoints]]\nurl = "http://{upstream}"\nname = "scripted"\nslots = 1024\n'
     worker = Node(stage, ingle, "worker", "none", config=config).up(cores)
     ingress = Node(stage, ingle, "ingress", "none").join(worker).up(cores)
     ingress.until_ready(1)
-    return ingress.http, [ingress.pid, worker.pid]
+    return ingress.http, [ingress.pid, worker.pid], ingress.started_s
 
 
 def started(name: str, stage: Stage, given, upstream: str, cores: str | None = None) -> Way:
-    """Starts a path. The time is that of all that is typed, with the join and its waits for Ingle."""
-    makers: dict[str, Callable[[], tuple[str, list[int]]]] = {
-        "direct": lambda: (upstream, []),
+    """Starts a path and sends some requests through it, so that its connections stand."""
+    makers: dict[str, Callable[[], tuple[str, list[int], float]]] = {
+        "direct": lambda: (upstream, [], 0.0),
         "tcp": lambda: two_relays(stage, given.tools, upstream, cores),
         "quic": lambda: two_floors(stage, given.tools, upstream, cores),
         "nginx": lambda: two_nginx(stage, upstream, False, cores),
@@ -136,8 +140,8 @@ def started(name: str, stage: Stage, given, upstream: str, cores: str | None = N
         "ingle": lambda: two_nodes(stage, given.ingle, upstream, cores),
     }
     began = time.monotonic()
-    to, pids = makers[name]()
-    way = Way(name, to, "scripted", pids, (time.monotonic() - began) * 1e3)
+    to, pids, first = makers[name]()
+    way = Way(name, to, pids, (time.monotonic() - began) * 1e3, first * 1e3)
     load(given.tools, way.to, "--seconds", 2, "--clients", 4, "--each", 200)
     return way
 
@@ -249,7 +253,7 @@ def main() -> None:
         if {"start", "rate", "streams"} & set(chosen):
             ways = [started(name, stage, given, upstream) for name in given.paths]
             time.sleep(2)
-            result["start"] = [{"path": way.name, "start_ms": way.start_ms, "idle_mib": pss_mib(way.pids()),
+            result["start"] = [{"path": way.name, "first_hop_ms": way.first_ms, "both_hops_ms": way.both_ms, "idle_mib": pss_mib(way.pids()),
                                 "processes": len(way.pids())} for way in ways if way.first_pids]
             if "rate" in chosen:
                 result["rate"] = rates(ways, given)
@@ -264,7 +268,7 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     print(result["machine"])
-    titles = {"start": "Start of both hops (Ingle: with join and the wait for the endpoint) and idle memory",
+    titles = {"start": "Start (both hops of Ingle: with join and the wait for the endpoint) and idle memory",
               "rate": f"{given.rate:.0f} requests/s", "core": "All processes of the path on one core, 32 clients",
               "streams": "Streams of tokens"}
     for part, title in titles.items():

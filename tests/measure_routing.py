@@ -5,7 +5,8 @@
     python3 tests/measure_routing.py --ingle target/release/ingle [--seconds 60] [--seed 1] [--json]
 
 Three scripted OpenAI-compatible servers take 100, 200 and 800 ms for an answer and give eight at a time; more wait there.
-Requests come as of many independent people (Poisson) at 70 % of what the three can do together, 91 a second:
+Requests come as of many independent people (Poisson) at 70 % of what the three can do together, 91 a second. No two
+have the same prompt (`--same-prompt`: all have), and a request that takes longer than 15 s has failed.
 
 nginx-round-robin  Debian's nginx in front of the three, each in turn
 nginx-least-conn   the same, to the one with the fewest connections
@@ -67,17 +68,21 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--seconds", type=float, default=60, help="how long each measurement takes [default: 60]")
     options.add_argument("--seed", type=int, default=1, help="the seed of the arrivals [default: 1]")
+    options.add_argument("--quick", action="store_true", help="without nginx's round robin, which the slow server drowns in")
+    options.add_argument("--same-prompt", action="store_true", help="all ask the same, which a machine may have read before")
     given = options.parse_args()
     ingle = given.ingle.resolve()
     tools = (given.tools or ingle.parent / "figures").resolve()
     on, rows = machine(), []
 
     def arrivals(seconds: float, seed: int) -> tuple:
-        return "--rate", RATE, "--poisson", "--seed", seed, "--seconds", seconds, "--limit", 60
+        same = [] if given.same_prompt else ["--distinct"]
+        return *same, "--rate", RATE, "--poisson", "--seed", seed, "--seconds", seconds, "--limit", 15
 
+    policies = (("least-conn", "least_conn;"),) if given.quick else (("round-robin", ""), ("least-conn", "least_conn;"))
     with Stage() as stage:
         servers = [stage.tool(tools, "upstream", "--slots", SLOTS, "--service-ms", ms)[1] for ms in SERVICE_MS]
-        for name, policy in (("round-robin", ""), ("least-conn", "least_conn;")):
+        for name, policy in policies:
             say(f"routing: nginx, {name}")
             port = free_port()
             nginx(stage, name, NGINX.format(folder=stage.folder, name=name, policy=policy, port=port, servers=" ".join(

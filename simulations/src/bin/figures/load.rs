@@ -53,6 +53,9 @@ pub struct Options {
     /// What is said.
     #[arg(long, default_value = "tokens=8")]
     prompt: String,
+    /// Each request begins with a number of its own, so that no machine has read its beginning before.
+    #[arg(long)]
+    distinct: bool,
     /// Answers are streamed.
     #[arg(long)]
     stream: bool,
@@ -62,6 +65,15 @@ pub struct Options {
     /// More headers, as `name: value`.
     #[arg(long = "header")]
     headers: Vec<String>,
+}
+
+impl Options {
+    /// A request.
+    fn body(&self, number: Option<u64>) -> Bytes {
+        let text = number.map_or_else(|| self.prompt.clone(), |number| format!("{number}: {}", self.prompt));
+        let message = json!({ "role": "user", "content": text });
+        json!({ "model": self.model, "messages": [message], "stream": self.stream }).to_string().into()
+    }
 }
 
 /// In microseconds, to an hour.
@@ -109,6 +121,7 @@ struct Measured {
 struct Asker {
     options: Options,
     pool: Pool,
+    /// Where all are the same.
     body: Bytes,
     headers: Vec<(String, String)>,
     measured: Mutex<Measured>,
@@ -117,8 +130,6 @@ struct Asker {
 /// Measures, and prints JSON.
 #[allow(clippy::print_stdout, reason = "that is its purpose")]
 pub async fn run(options: Options) -> Result<(), Error> {
-    let message = json!({ "role": "user", "content": options.prompt });
-    let body = json!({ "model": options.model, "messages": [message], "stream": options.stream });
     let headers = options.headers.iter().map(|header| match header.split_once(':') {
         Some((name, value)) => Ok((name.to_owned(), value.trim().to_owned())),
         None => Err(Error::from(format!("`{header}` is not `name: value`"))),
@@ -137,7 +148,7 @@ pub async fn run(options: Options) -> Result<(), Error> {
     };
     let asker = Arc::new(Asker {
         pool: Pool::new(options.to),
-        body: body.to_string().into(),
+        body: options.body(None),
         headers: headers.collect::<Result<_, _>>()?,
         measured: Mutex::new(measured),
         options,
@@ -217,9 +228,14 @@ impl Asker {
     }
 
     async fn ask(&self) {
-        self.with(|measured| measured.sent += 1);
+        let number = {
+            let mut measured = self.measured.lock().unwrap_or_else(PoisonError::into_inner);
+            measured.sent += 1;
+            measured.sent
+        };
+        let body = if self.options.distinct { self.options.body(Some(number)) } else { self.body.clone() };
         let limit = Duration::from_secs_f64(self.options.limit);
-        let failed = match timeout(limit, self.exchange()).await {
+        let failed = match timeout(limit, self.exchange(body)).await {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error.to_string(),
             Err(_) => "too late".to_owned(),
@@ -227,15 +243,15 @@ impl Asker {
         self.with(|measured| *measured.failures.entry(failed).or_default() += 1);
     }
 
-    async fn exchange(&self) -> Result<(), Error> {
+    async fn exchange(&self, body: Bytes) -> Result<(), Error> {
         let mut lease = self.pool.connection().await?;
         let sent = Instant::now();
-        let response = self.pool.post(&mut lease, self.body.clone(), &self.headers).await?;
+        let response = self.pool.post(&mut lease, body, &self.headers).await?;
         let status = response.status();
         let node = response.headers().get("x-ingle-node").and_then(|node| node.to_str().ok()).map(str::to_owned);
-        let mut body = response.into_body();
+        let mut pieces = response.into_body();
         let (mut events, mut last, mut tokens) = (Events::default(), None::<Instant>, 0);
-        while let Some(piece) = body.frame().await {
+        while let Some(piece) = pieces.frame().await {
             let Ok(piece) = piece?.into_data() else { continue };
             if !self.options.stream {
                 continue;

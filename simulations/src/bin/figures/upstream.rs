@@ -87,6 +87,13 @@ pub async fn run(options: Options) -> Result<(), Error> {
     serve(listener, move |request| answer(request, slots.clone(), service)).await
 }
 
+/// A sleep of no time would still wait for the timer's next millisecond, which is more than a hop costs.
+async fn pause(time: Duration) {
+    if !time.is_zero() {
+        sleep(time).await;
+    }
+}
+
 fn plain(status: StatusCode, value: &Value) -> Response<Body> {
     let mut response = Response::new(whole(value.to_string()));
     *response.status_mut() = status;
@@ -109,9 +116,9 @@ async fn answer(request: Request<Incoming>, slots: Arc<Semaphore>, service: Dura
     let Ok(slot) = slots.acquire_owned().await else {
         return plain(StatusCode::SERVICE_UNAVAILABLE, &json!({ "error": { "message": "at the end" } }));
     };
-    sleep(service + script.first).await;
+    pause(service + script.first).await;
     if !script.stream {
-        sleep(script.every * script.tokens.saturating_sub(1)).await;
+        pause(script.every * script.tokens.saturating_sub(1)).await;
         let message = json!({ "role": "assistant", "content": WORD.repeat(script.tokens as usize) });
         let choice = json!({ "index": 0, "message": message, "finish_reason": "stop" });
         let completion = json!({
