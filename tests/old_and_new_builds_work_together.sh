@@ -6,7 +6,7 @@
 # Builds the old commit (2bbba00, the last one with protocol version 1 alone) in a temporary worktree, its output in
 # --target-dir (target/old-build), and this tree as usual; --old and --new take binaries that are there. Then: workers
 # and gateways of both builds join each other, answer with each other's engines, and an answer moves from a worker of
-# one build to one of the other when its machine is killed. Needs git, Rust, curl, Python 3.9; Linux or macOS.
+# one build to one of the other when its machine is killed. Needs Linux, git, Rust, curl and Python 3.9.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -85,6 +85,7 @@ up() { # up MACHINE
     "${build[$machine]}" up --http 127.0.0.1:0 --quic "$address" --name "$machine" --model "${model[$machine]}" \
         --no-mdns --state-dir "$work/$machine" >"$work/$machine.log" 2>&1 &
     pids[$machine]=$!
+    disown # bash says nothing when it is killed
     for _ in $(seq 200); do
         if grep -q '^Ready: ' "$work/$machine.log"; then break; fi
         sleep 0.2
@@ -100,7 +101,7 @@ join() { # join MACHINE ISSUER
 }
 kill_9() { # kill_9 MACHINE
     kill -9 "${pids[$1]}"
-    wait "${pids[$1]}" 2>/dev/null || true
+    while kill -0 "${pids[$1]}" 2>/dev/null; do sleep 0.1; done
     unset "pids[$1]"
 }
 stream() { # stream MACHINE FILE TIMES: runs until the answer has ended
