@@ -18,7 +18,7 @@ async fn an_engine_that_restarts_finishes_its_answers_first() {
         running.rest().await.is_whole(&"hello ".repeat(40));
     };
     let (set, ()) = tokio::join!(setting, meanwhile);
-    assert!(set.err.contains("Waiting for 1 answers to end"), "{}", set.err);
+    assert!(set.err.contains("Waiting for 1 answer to end"), "{}", set.err);
     assert!(set.ok().contains("finished its answers and was started anew"));
     assert_ne!(tower.engine().await, engine);
     assert_eq!(tower.ask(&echo("again")).await.text(), "again");

@@ -104,7 +104,7 @@ impl Model {
         let (compute, blocks, backend, numerics) = match place {
             Place::Cpu => {
                 let (cpu, blocks) = OnCpu::load(&gguf, &hyperparameters, fitting, options)?;
-                let backend = in_words(&cpu.kernels);
+                let backend = format!("{backend} {}", in_words(&cpu.kernels));
                 let numerics = format!("{numerics}-{:?}", options.kv_type).to_lowercase();
                 (Compute::Cpu(Box::new(cpu)), blocks, backend, numerics)
             }
@@ -351,15 +351,18 @@ impl StepEngine for Model {
     }
 
     fn set_threads(&mut self, threads: usize) {
-        if let Compute::Cpu(cpu) = &mut self.compute {
-            let kernels = &mut cpu.kernels;
-            kernels.set_threads(threads);
-            self.capabilities.backend = in_words(kernels);
+        match &mut self.compute {
+            Compute::Cpu(cpu) => {
+                cpu.kernels.set_threads(threads);
+                self.capabilities.backend = format!("cpu {}", in_words(&cpu.kernels));
+            }
+            #[cfg(feature = "gpu")]
+            Compute::Gpu(_) => {}
         }
     }
 }
 
 /// What the CPU's kernels compute with.
 fn in_words(kernels: &Kernels) -> String {
-    format!("cpu ({}, {} threads)", kernels.instruction_set().name(), kernels.threads())
+    format!("({}, {} threads)", kernels.instruction_set().name(), kernels.threads())
 }

@@ -204,7 +204,7 @@ impl ModelWorker {
         let before = std::mem::replace(life, next);
         let open = before.route.open();
         if open > 0 {
-            order.say(format!("The engine before finishes {open} answers."));
+            order.say(format!("The engine before finishes {}.", answers(open)));
         }
         retiring.spawn(async move {
             let mut reports = before.reports;
@@ -333,7 +333,7 @@ async fn until_idle(route: &Arc<Route>, order: &Order) -> bool {
         loop {
             let open = route.open();
             if open > 0 {
-                order.say(format!("Waiting for {open} answers to end; new requests are turned away."));
+                order.say(format!("Waiting for {} to end; new requests are turned away.", answers(open)));
             }
             if timeout(SAY_AGAIN, route.idle()).await.is_ok() {
                 return;
@@ -341,4 +341,8 @@ async fn until_idle(route: &Arc<Route>, order: &Order) -> bool {
         }
     };
     timeout(FINISH_DEADLINE, waiting).await.is_ok()
+}
+
+fn answers(count: u32) -> String {
+    if count == 1 { "1 answer".into() } else { format!("{count} answers") }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use ingle_protocol::liveness::EngineWatch;
 use ingle_protocol::wire::v2::{EngineReport, ModelState};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -20,6 +21,9 @@ use crate::node::ModelParameters;
 use crate::supervisor::RestartBudget;
 
 const RESTART_PAUSE: Duration = Duration::from_millis(200);
+/// An engine that is in one step for so long, and so many times as long as such a step takes, does not come back.
+const HUNG_AFTER: Duration = Duration::from_secs(20);
+const HUNG_AFTER_STEPS: u32 = 100;
 
 /// A running engine process.
 pub(super) struct Life {
@@ -39,7 +43,7 @@ impl Life {
     async fn ended(&mut self, silent: bool) -> String {
         if silent {
             self.child.kill().await;
-            return "it went silent and was killed".into();
+            return "it hung and was killed".into();
         }
         self.child.ended().await
     }
@@ -130,12 +134,19 @@ impl ModelWorker {
         room: u32,
         was_ready: &mut bool,
     ) -> bool {
+        // Reports go on while a driver hangs: they come from another thread.
+        let (mut steps, started) = (EngineWatch::default(), Instant::now());
         loop {
             let report = match timeout(SILENCE_LIMIT, reports.recv()).await {
                 Ok(Some(report)) => report,
                 Ok(None) => return false,
                 Err(_) => return true,
             };
+            steps.observe(&report.pulse, started.elapsed());
+            let usual = Duration::from_millis(report.pulse.usual_step_ms.into());
+            if steps.in_step_for(started.elapsed()) >= HUNG_AFTER.max(usual * HUNG_AFTER_STEPS) {
+                return true;
+            }
             let state = report.state.clone();
             let (state_change, slow_change) = {
                 let mut status = self.status();

@@ -149,7 +149,7 @@ impl ModelWorker {
                 (Parameter::ContextLength, _) if own > 0 && own < status.values.context_length => {
                     shown.note = format!("the model itself has {own}");
                 }
-                (Parameter::BatchSize, Some(room)) => shown.note = format!("live up to {room}, reload above"),
+                (Parameter::BatchSize, Some(room)) => shown.note = format!("up to {room}, reload above"),
                 _ => {}
             }
         }

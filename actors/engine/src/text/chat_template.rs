@@ -41,7 +41,6 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_debug(false);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", to_json);

@@ -160,6 +160,7 @@ mod tests {
             messages,
             sampling,
             resume: vec![],
+            resume_text: vec![],
             extra: extra.into(),
         }
     }

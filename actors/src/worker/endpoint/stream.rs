@@ -223,7 +223,7 @@ mod tests {
         let fingerprint = r#"{"chunk":{"system_fingerprint":"b1"}}"#.to_owned();
         assert_eq!(tokens, [("a".into(), fingerprint), ("\n".into(), String::new())]);
         let usage = Usage { prompt_tokens: 4, cached_tokens: 0, completion_tokens: 2 };
-        assert_eq!(finished, Ok(Finished { reason: FinishReason::Stop, usage, extra: vec![] }));
+        assert_eq!(finished, Ok(Finished { reason: FinishReason::Stop, usage, load: Load::default(), extra: vec![] }));
     }
 
     #[test]

@@ -92,7 +92,7 @@ fn in_words(outcome: Outcome) -> &'static str {
 }
 
 fn table(shown: &ShownParameters) -> String {
-    let mut text = format!("{}\n\n{:<16}{:<10}{:<10}CHANGE\n", shown.model, "PARAMETER", "VALUE", "FROM");
+    let mut text = format!("{}\n\n{:<16}{:<12}{:<9}CHANGE\n", shown.model, "PARAMETER", "VALUE", "FROM");
     for parameter in &shown.parameters {
         let source = match parameter.source {
             Source::Set => "set",
@@ -105,7 +105,7 @@ fn table(shown: &ShownParameters) -> String {
         };
         let note = if parameter.note.is_empty() { String::new() } else { format!(" ({})", parameter.note) };
         text +=
-            &format!("{:<16}{:<10}{source:<10}{change}{note}\n", parameter.name.as_str(), parameter.value.to_string());
+            &format!("{:<16}{:<12}{source:<9}{change}{note}\n", parameter.name.as_str(), parameter.value.to_string());
     }
     text
 }
@@ -145,15 +145,15 @@ mod tests {
         let shown = ShownParameters {
             model: "m".into(),
             parameters: vec![
-                shown(Parameter::BatchSize, "4", Source::Set, Change::Live, "live up to 16, reload above"),
+                shown(Parameter::BatchSize, "4", Source::Set, Change::Live, "up to 16, reload above"),
                 shown(Parameter::KvType, "int8", Source::Config, Change::Reload, ""),
             ],
         };
         assert_eq!(
             table(&shown),
-            "m\n\nPARAMETER       VALUE     FROM      CHANGE\n\
-             batch_size      4         set       live (live up to 16, reload above)\n\
-             kv_type         int8      config    reload\n"
+            "m\n\nPARAMETER       VALUE       FROM     CHANGE\n\
+             batch_size      4           set      live (up to 16, reload above)\n\
+             kv_type         int8        config   reload\n"
         );
     }
 }

@@ -12,15 +12,15 @@ fn fewer_places_let_what_runs_finish_and_more_let_the_next_begin() {
     let engine = started(EngineSpec { options: ModelOptions { most_slots: 4, ..slots(2) }, ..echo() });
     let long = || submit(&engine, request("repeat 60 every 5ms: x"), 128);
     let (first, second) = (long(), long());
-    until(|| engine.snapshot().running == 2);
+    until(|| engine.snapshot().load.running == 2);
     engine.adjust(&LiveParameters { batch_size: 1, ..LIVE }).unwrap();
     assert_eq!(engine.snapshot().slots, 1);
     let third = submit(&engine, request("repeat 60 every 5ms: y"), 128);
     let fourth = submit(&engine, request("z"), 128);
-    until(|| engine.snapshot().waiting == 2);
+    until(|| engine.snapshot().load.waiting == 2);
     assert_eq!(Whole::collect(first).text().len() + Whole::collect(second).text().len(), 120);
-    until(|| engine.snapshot().running == 1);
-    assert_eq!(engine.snapshot().waiting, 1, "one place is free, not two");
+    until(|| engine.snapshot().load.running == 1);
+    assert_eq!(engine.snapshot().load.waiting, 1, "one place is free, not two");
     engine.adjust(&LiveParameters { batch_size: 4, ..LIVE }).unwrap();
     // Beside the third, whose answer is not at its end.
     assert_eq!(Whole::collect(fourth).text(), "z");

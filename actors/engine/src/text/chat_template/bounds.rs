@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use minijinja::machinery::{Instruction, Instructions, Token, tokenize};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{DynObject, ObjectRepr, Tuple, Value};
+use minijinja::value::{ArgType, DynObject, ObjectRepr, Rest, Tuple, Value, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State};
 
 /// The most bytes of a template; the longest known has some 30 KiB.
@@ -24,6 +24,8 @@ const MAX_ELIF: usize = 256;
 const MAX_WEIGHT: usize = 16 << 20;
 /// What an entry of a list or map weighs.
 const SLOT: usize = 32;
+/// The most characters of a number, written out.
+const NUMBER: usize = 512;
 /// How deep lists and maps may nest. The JSON of a request nests 128 deep at most.
 const MAX_DEPTH: usize = 160;
 /// How long a rendering may take, for what no fuel pays: comparing and sorting large values again and again.
@@ -82,6 +84,8 @@ pub(super) fn install(environment: &mut Environment<'_>) {
     });
     environment.add_test(STORABLE, |value: &Value| weigh(value, Holds::Plain).map(|()| true));
     environment.add_filter(LISTED, listed);
+    environment.add_filter("format", format);
+    environment.set_unknown_method_callback(method);
     environment.add_global("ingle_one", 1);
     // It prints all variables at once, however often they hold the same.
     environment.remove_global("debug");
@@ -214,6 +218,46 @@ fn checks(instruction: &Instruction<'_>, next: u32) -> (Vec<Instruction<'static>
         // The value lies below the namespace.
         SetAttr(_) => (vec![Swap, DupTop, test(STORABLE), DiscardTop, Swap], vec![]),
         _ => (vec![], vec![]),
+    }
+}
+
+/// Python's methods. Those that no fuel pays for before they have made their value get only what they can bear.
+fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    let length = value.as_str().map_or(0, str::len);
+    match name {
+        "format" => check_format(value, args)?,
+        "split" | "splitlines" if length > MAX_WEIGHT / SLOT => {
+            return Err(too_much("it takes a text apart that is too large"));
+        }
+        _ => {}
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+/// minijinja's filter, for what can be borne.
+fn format(state: &mut State, text: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let args: Vec<Value> = args.0.into_iter().map(ValueOrKwargs::into_value).collect();
+    check_format(text, &args)?;
+    let args = args.iter().map(|arg| ValueOrKwargs::from_value(Some(arg))).collect::<Result<Vec<_>, _>>()?;
+    minijinja::filters::format(state, text, Rest(args))
+}
+
+/// Refuses a format whose result might be too large: each field may be as wide as the numbers in the format say and
+/// hold any of the arguments.
+fn check_format(text: &Value, args: &[Value]) -> Result<(), Error> {
+    let Some(text) = text.as_str() else { return Ok(()) };
+    let fields = text.bytes().filter(|byte| matches!(byte, b'{' | b'%')).count();
+    let numbers = text.split(|character: char| !character.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    let wide = numbers.map(|digits| digits.parse().unwrap_or(usize::MAX)).fold(0, usize::saturating_add);
+    let mut largest = NUMBER;
+    for arg in args {
+        let mut rest = MAX_WEIGHT;
+        weigh_entry(arg, MAX_DEPTH, &mut rest)?;
+        largest = largest.max(MAX_WEIGHT - rest);
+    }
+    match fields.saturating_mul(largest).saturating_add(wide) <= MAX_WEIGHT {
+        true => Ok(()),
+        false => Err(too_much("it formats a text that would be too large")),
     }
 }
 

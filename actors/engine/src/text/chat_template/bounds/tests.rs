@@ -132,9 +132,22 @@ fn strings_that_double_come_to_an_end() {
     ] {
         refused(&grow(step), "too ");
     }
-    refused("{{ '{:>999999999999}'.format(1) }}", "");
-    refused("{{ '%999999999999d' | format(1) }}", "");
-    refused("{{ 'x' | center(999999999999) }}", "");
+    for wide in [
+        "{{ '{:>999999999999}'.format(1) }}",
+        "{{ '{:.999999999999f}'.format(1.5) }}",
+        "{{ '%999999999999d' | format(1) }}",
+        "{{ '%.99999999999999999999999f' | format(1.5) }}",
+        "{% set s = 'x' * 1000000 %}{{ ('{0}' * 1000000).format(s) }}",
+        "{% set s = 'x' * 1000000 %}{{ ('%(a)s' * 1000000) | format({'a': s}) }}",
+        "{% set s = 'x' * 1000000 %}{{ ('%(a)s' * 1000000) | format(a=s) }}",
+        "{{ ('x ' * 100000000).split() }}",
+        "{{ ('x\\n' * 100000000).splitlines() }}",
+        "{{ [1] | batch(999999999999, 1) }}",
+        "{{ [1] | slice(999999999999, 1) }}",
+    ] {
+        refused(wide, "too ");
+    }
+    assert_eq!(render("{{ '{:>4}|{a}'.format(1, a='b') }}{{ '%3d|%s' | format(1, 'x') }}").unwrap(), "   1|b  1|x");
 }
 
 #[test]
