@@ -36,6 +36,7 @@ mod explain_says_who_was_asked_and_why;
 mod impossible_starts_say_what_to_do;
 mod nobody_without_a_certificate_gets_a_byte;
 mod nodes_find_each_other_by_mdns;
+mod nodes_of_the_last_protocol_version_work_together_with_new_ones;
 mod one_request_has_one_trace_in_all_processes;
 mod the_openai_client_library_works;
 mod tools_are_called_from_any_machine;

@@ -18,8 +18,9 @@ async fn nobody_without_a_certificate_gets_a_byte() {
     barn.ingle(&["token"]).await.ok();
 
     for (what, alpn, certificate) in [
-        ("no certificate", &b"ingle/1"[..], Certificate::None),
-        ("a certificate of another cluster", b"ingle/1", Certificate::Of(&barn)),
+        ("no certificate", &b"ingle/2"[..], Certificate::None),
+        ("no certificate and the last version", b"ingle/1", Certificate::None),
+        ("a certificate of another cluster", b"ingle/2", Certificate::Of(&barn)),
         ("another protocol", b"h3", Certificate::None),
         ("another protocol with a certificate of this cluster", b"h3", Certificate::Of(&tower)),
         ("garbage where a joiner speaks", b"ingle-join/1", Certificate::None),

@@ -1,7 +1,7 @@
 //! What every request gets where it enters, whichever door it takes: an id, a place in a trace, a seed.
 
 use ingle_actors::protocol::RequestId;
-use ingle_actors::protocol::wire::v1::TraceContext;
+use ingle_actors::protocol::wire::v2::TraceContext;
 
 /// The principal of whoever reaches the loopback address or the control socket.
 pub const LOCAL_PRINCIPAL: &str = "local";

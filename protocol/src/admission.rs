@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
-use crate::wire::v1::Priority;
+use crate::wire::v2::Priority;
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::wire::v1::EnginePulse;
+use crate::wire::v2::EnginePulse;
 
 /// How often a node tells its peers how its engines are.
 pub const PULSE_INTERVAL: Duration = Duration::from_millis(100);
@@ -230,7 +230,7 @@ mod tests {
 
     fn engine(step: u64, busy: bool, usual_step_ms: u32, silent_ms: u32) -> EnginePulse {
         let engine = crate::EngineId { node: crate::NodeId([1; 16]), index: 0, generation: 1 };
-        let load = crate::wire::v1::Load { running: 3, waiting: 9, backlog_tokens: 0 };
+        let load = crate::wire::v2::Load { running: 3, waiting: 9, backlog_tokens: 0 };
         let (tokens_per_second, prefill_rate, decode_rate, full_decode_rate) = (0.0, 0.0, 0.0, 0.0);
         EnginePulse {
             engine,

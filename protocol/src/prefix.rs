@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::ModelDigest;
-use crate::wire::v1::Message;
+use crate::wire::v2::Message;
 
 /// Beginnings of a conversation, one for each message: a hash over all messages so far, and their bytes.
 pub fn beginnings(model: &ModelDigest, messages: &[Message]) -> Vec<(u64, u32)> {
@@ -57,7 +57,7 @@ impl PrefixMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::v1::Role;
+    use crate::wire::v2::Role;
 
     fn said(texts: &[&str]) -> Vec<Message> {
         let message = |text: &&str| Message { role: Role::User, content: (*text).to_owned(), extra: Vec::new() };

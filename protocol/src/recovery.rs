@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::wire::v1::{Failed, FailureKind, Refused};
+use crate::wire::v2::{Failed, FailureKind, Refused};
 
 /// Tries of one request on other nodes while nothing of its answer was delivered.
 pub const MOST_RETRIES: u32 = 2;
@@ -219,7 +219,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::wire::v1::RefusalKind;
+    use crate::wire::v2::RefusalKind;
 
     const fn s(seconds: u64) -> Duration {
         Duration::from_secs(seconds)

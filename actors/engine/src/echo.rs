@@ -23,7 +23,7 @@
 
 use std::time::Duration;
 
-use ingle_protocol::wire::v1::{Message, Role};
+use ingle_protocol::wire::v2::{Message, Role};
 
 use crate::text::{Codec, PromptError, ToolFormat, ToolSupport};
 use crate::{Capabilities, EngineError, Logits, StepEngine, StepEntry};

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{LiveParameters, ModelState, RefusalKind, Refused, Request};
+use ingle_protocol::wire::v2::{LiveParameters, ModelState, RefusalKind, Refused, Request};
 use tokio::sync::{mpsc, watch};
 
 use crate::sampler::TokenMask;

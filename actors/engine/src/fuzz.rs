@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use ingle_protocol::wire::v1::{Message, Role};
+use ingle_protocol::wire::v2::{Message, Role};
 
 use crate::gguf::{Gguf, MetaValue};
 use crate::huggingface::HuggingFace;

@@ -19,7 +19,7 @@
 //! drawn here. It uses no function of the system's mathematics library (see `numbers`), so machines agree too. Nothing
 //! is sorted but what is left in the end, and buffers are used again.
 
-use ingle_protocol::wire::v1::Sampling;
+use ingle_protocol::wire::v2::Sampling;
 
 use crate::Draw;
 use crate::text::Codec;

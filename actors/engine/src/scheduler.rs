@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
-use ingle_protocol::wire::v1::{FailureKind, Load, ModelState};
+use ingle_protocol::wire::v2::{FailureKind, Load, ModelState};
 
 use crate::device::{self, Loaded};
 use crate::sampler::Sampler;

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use ingle_protocol::wire::v1::{Load, ModelState};
+use ingle_protocol::wire::v2::{Load, ModelState};
 use tokio::sync::watch;
 
 /// State and counters of an engine at one moment.

@@ -1,6 +1,6 @@
 //! Between conversations and token ids: chat template, tokenizer, and text out of generated tokens.
 
-use ingle_protocol::wire::v1::Message;
+use ingle_protocol::wire::v2::Message;
 
 mod chat_template;
 mod conversation;

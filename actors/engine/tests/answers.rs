@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ingle_engine::{DeviceChoice, Engine, EngineSpec, ModelOptions, ModelSource, inspect};
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::*;
+use ingle_protocol::wire::v2::*;
 use ingle_protocol::{ModelDigest, RequestId};
 use tokio::sync::mpsc;
 

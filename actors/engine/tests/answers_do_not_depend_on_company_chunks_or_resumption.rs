@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ingle_engine::{DeviceChoice, Engine, EngineSpec, KvType, ModelOptions, ModelSource};
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::*;
+use ingle_protocol::wire::v2::*;
 use ingle_protocol::{ModelDigest, RequestId};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};

@@ -11,7 +11,7 @@ use ingle_engine::model::Model;
 use ingle_engine::quantize::{self, Conversion};
 use ingle_engine::text::{Codec, Special, Tokenizer};
 use ingle_engine::{DeviceChoice, ModelOptions, StepEngine, StepEntry};
-use ingle_protocol::wire::v1::{Message, Role};
+use ingle_protocol::wire::v2::{Message, Role};
 use serde::Deserialize;
 
 mod support;

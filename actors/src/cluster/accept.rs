@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ingle_protocol::wire::v1::{Hello, NotWelcome, Welcome};
-use ingle_protocol::wire::{JOIN_ALPN, StreamKind};
+use ingle_protocol::wire::v2::{Hello, NotWelcome, Welcome};
+use ingle_protocol::wire::{JOIN_ALPN, StreamKind, Version};
 use quinn::{Connection, Incoming, VarInt};
 use rustls::pki_types::CertificateDer;
 use tokio::io::AsyncReadExt;
@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::link::{self, PeerLink};
 use super::roster::Registered;
 use super::{Mesh, authority_stream, join, plain};
-use crate::frames::{FrameError, read_body, write_body};
+use crate::frames::{FrameError, read_body_in, write_body_in};
 use crate::identity::{CertifiedName, read_names};
 
 /// How long a handshake with its greeting may take.
@@ -70,16 +70,23 @@ pub(super) fn certified_peer(connection: &Connection) -> Option<CertifiedName> {
     read_names(certificates.first()?)
 }
 
+/// The application protocol that the two sides agreed on.
+fn alpn(connection: &Connection) -> Option<Vec<u8>> {
+    connection.handshake_data()?.downcast::<quinn::crypto::rustls::HandshakeData>().ok()?.protocol
+}
+
+/// The version of the frames on a connection between members.
+pub(super) fn agreed_version(connection: &Connection) -> Option<Version> {
+    Version::of_alpn(&alpn(connection)?)
+}
+
 async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming, joiners: &Arc<Semaphore>) -> Result<Option<Session>, String> {
     let connection = incoming.await.map_err(|error| error.to_string())?;
     let refuse = |why: &str| {
         connection.close(VarInt::from_u32(1), why.as_bytes());
         Err(why.to_owned())
     };
-    let handshake =
-        connection.handshake_data().and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok());
-    let alpn = handshake.and_then(|data| data.protocol);
-    if alpn.as_deref() == Some(JOIN_ALPN) {
+    if alpn(&connection).as_deref() == Some(JOIN_ALPN) {
         let Ok(place) = joiners.clone().try_acquire_owned() else { return refuse("too many machines want to join") };
         let mesh = mesh.clone();
         mesh.tasks.clone().spawn(async move {
@@ -90,6 +97,7 @@ async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming, joiners: &Arc<Semaphore>)
     }
     // TLS lets machines without a certificate pass because of joiners; here they end, before a byte is read.
     let Some(peer) = certified_peer(&connection) else { return refuse("no certificate of this cluster") };
+    let Some(version) = agreed_version(&connection) else { return refuse("no version of the protocol is agreed on") };
     let opening = async {
         let (send, mut receive) = connection.accept_bi().await.map_err(std::io::Error::from)?;
         let kind = StreamKind::try_from(receive.read_u8().await?)?;
@@ -100,12 +108,12 @@ async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming, joiners: &Arc<Semaphore>)
         StreamKind::Membership => {}
         // A machine that just joined fetches the authority's key before it greets anybody.
         StreamKind::Authority => {
-            authority_stream::serve(mesh, peer, send, receive).await.map_err(|error| error.to_string())?;
+            authority_stream::serve(mesh, peer, version, send, receive).await.map_err(|error| error.to_string())?;
             return Ok(None);
         }
         _ => return refuse("the first stream must be a greeting"),
     }
-    let hello = read_body::<Hello, _>(&mut receive).await.map_err(|error| error.to_string())?;
+    let hello = read_body_in::<Hello, _>(version, &mut receive).await.map_err(|error| error.to_string())?;
     let facts = hello.facts;
     let objection = if hello.cluster != mesh.identity().cluster {
         Some("this is another cluster".to_owned())
@@ -119,22 +127,23 @@ async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming, joiners: &Arc<Semaphore>)
         mesh.name_conflict(&facts.member.name, peer.node)
     };
     if let Some(why) = objection {
-        let _ = write_body(&mut send, &NotWelcome { why: why.clone(), duplicate: false }).await;
+        let _ = write_body_in(version, &mut send, &NotWelcome { why: why.clone(), duplicate: false }).await;
         let _ = send.finish();
         let _ = send.stopped().await;
         return refuse(&why);
     }
-    let link = PeerLink::new(peer, facts.incarnation, peer.node, connection.clone());
+    let link = PeerLink::new(peer, version, facts.incarnation, peer.node, connection.clone());
     mesh.hear_of_all(&facts.members);
     if mesh.roster.register(link.clone(), facts) == Registered::Duplicate {
-        let _ = write_body(&mut send, &NotWelcome { why: "connected already".into(), duplicate: true }).await;
+        let _ =
+            write_body_in(version, &mut send, &NotWelcome { why: "connected already".into(), duplicate: true }).await;
         let _ = send.finish();
         let _ = send.stopped().await;
         return refuse("connected already");
     }
     let observed = plain(connection.remote_address()).to_string();
     let welcome = Welcome { facts: mesh.greeting_facts(), observed: observed.clone() };
-    if let Err(error) = write_body(&mut send, &welcome).await {
+    if let Err(error) = write_body_in(version, &mut send, &welcome).await {
         mesh.roster.lost(peer.node, connection.stable_id(), "the connection broke while it was greeted");
         return Err(error.to_string());
     }

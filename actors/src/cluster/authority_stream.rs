@@ -2,45 +2,49 @@
 
 use std::time::Duration;
 
-use ingle_protocol::wire::v1::{AuthorityKey, AuthorityKeyRequest, AuthorityRefused, RenewalRequest, Renewed};
-use ingle_protocol::wire::{Body as _, StreamKind};
+use ingle_protocol::wire::v2::{AuthorityKey, AuthorityKeyRequest, AuthorityRefused, RenewalRequest, Renewed};
+use ingle_protocol::wire::{Body as _, StreamKind, Version, Versioned as _};
 use quinn::{Connection, RecvStream, SendStream};
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
 use tokio::time::timeout;
 
 use super::Mesh;
+use super::accept::agreed_version;
 use super::link::{STREAM_DEADLINE, open_stream};
-use crate::frames::{FrameError, read_body, read_frame, write_body};
+use crate::frames::{FrameError, read_body_in, read_frame_in, write_body_in};
 use crate::identity::{CertifiedName, Identity, Membership};
 
 /// Answers one request of the certified peer.
 pub async fn serve(
     mesh: &Mesh,
     peer: CertifiedName,
+    version: Version,
     mut send: SendStream,
     mut receive: RecvStream,
 ) -> Result<(), FrameError> {
-    let frame = read_frame(&mut receive).await?.ok_or(FrameError::Ended)?;
+    let frame = read_frame_in(version, &mut receive).await?.ok_or(FrameError::Ended)?;
     let identity = mesh.identity();
     let refusal = |why: &str| AuthorityRefused { why: why.into() };
     match (&identity.signer, frame.kind) {
-        (None, _) => write_body(&mut send, &refusal("this node is a guest and has no authority")).await?,
+        (None, _) => write_body_in(version, &mut send, &refusal("this node is a guest and has no authority")).await?,
         (Some(signer), AuthorityKeyRequest::KIND) if peer.membership == Membership::Full => {
             tracing::info!(peer = %peer.node, "gives the authority's key to a full member");
-            write_body(&mut send, &AuthorityKey { pkcs8: signer.key_pkcs8() }).await?;
+            write_body_in(version, &mut send, &AuthorityKey { pkcs8: signer.key_pkcs8() }).await?;
         }
         (Some(_), AuthorityKeyRequest::KIND) => {
-            write_body(&mut send, &refusal("a guest does not get the authority's key")).await?;
+            write_body_in(version, &mut send, &refusal("a guest does not get the authority's key")).await?;
         }
         (Some(signer), _) => {
-            let request = frame.decode::<RenewalRequest>()?;
+            let request = RenewalRequest::decode_for(&frame, version)?;
             let name = mesh.roster.lock().get(&peer.node).map(|member| member.name.clone()).unwrap_or_default();
             // The names stay those of the certificate that the peer has shown: nobody becomes more by renewing.
             let signed = signer.sign(&request.csr, peer.node, &name, peer.membership, OffsetDateTime::now_utc());
             match signed {
-                Ok(certificate) => write_body(&mut send, &Renewed { certificate: certificate.to_vec() }).await?,
-                Err(error) => write_body(&mut send, &refusal(&error.to_string())).await?,
+                Ok(certificate) => {
+                    write_body_in(version, &mut send, &Renewed { certificate: certificate.to_vec() }).await?
+                }
+                Err(error) => write_body_in(version, &mut send, &refusal(&error.to_string())).await?,
             }
         }
     }
@@ -51,13 +55,14 @@ pub async fn serve(
 
 /// Asks a member for the authority's key (PKCS#8).
 pub async fn fetch_key(connection: &Connection) -> Result<Vec<u8>, String> {
+    let version = agreed_version(connection).ok_or("no version of the protocol is agreed on")?;
     let asking = async {
         let (mut send, mut receive) = open_stream(connection, StreamKind::Authority, STREAM_DEADLINE).await?;
-        write_body(&mut send, &AuthorityKeyRequest {}).await?;
-        let frame = read_frame(&mut receive).await?.ok_or(FrameError::Ended)?;
+        write_body_in(version, &mut send, &AuthorityKeyRequest {}).await?;
+        let frame = read_frame_in(version, &mut receive).await?.ok_or(FrameError::Ended)?;
         Ok::<_, FrameError>(match frame.kind {
-            AuthorityRefused::KIND => Err(frame.decode::<AuthorityRefused>()?.why),
-            _ => Ok(frame.decode::<AuthorityKey>()?.pkcs8),
+            AuthorityRefused::KIND => Err(AuthorityRefused::decode_for(&frame, version)?.why),
+            _ => Ok(AuthorityKey::decode_for(&frame, version)?.pkcs8),
         })
     };
     match timeout(STREAM_DEADLINE, asking).await {
@@ -81,8 +86,8 @@ pub async fn renewed(mesh: &Mesh, identity: &Identity, now: OffsetDateTime) -> R
     for link in links.into_iter().filter(|link| link.membership == Membership::Full) {
         let asking = async {
             let (mut send, mut receive) = open_stream(&link.connection, StreamKind::Authority, STREAM_DEADLINE).await?;
-            write_body(&mut send, &RenewalRequest { csr: csr.clone() }).await?;
-            read_body::<Renewed, _>(&mut receive).await
+            write_body_in(link.version, &mut send, &RenewalRequest { csr: csr.clone() }).await?;
+            read_body_in::<Renewed, _>(link.version, &mut receive).await
         };
         if let Ok(Ok(renewed)) = timeout(Duration::from_secs(5), asking).await {
             match identity.with_certificate(CertificateDer::from(renewed.certificate), now) {

@@ -1,7 +1,9 @@
 //! The control plane: `ractor_cluster` sessions over our QUIC streams.
 //!
 //! Low rate only: a control actor per node, known to its peers through a process group. Its payloads are frames of
-//! our wire module in one opaque bytes message, because ractor drops what it cannot decode without a word.
+//! our wire module in one opaque bytes message, because ractor drops what it cannot decode without a word. An actor
+//! does not know over which connection it is asked, so these frames are the same in all versions: they may be added
+//! to, never changed, and a peer that is too old for one is not asked.
 //! ractor_cluster's own TCP listener cannot be switched off: it listens on loopback behind TLS that refuses everybody.
 //! Its cookie is no authentication: mutual TLS carries all trust, and a session whose name is not the node id of the
 //! certificate is ended.
@@ -12,8 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::NodeId;
-use ingle_protocol::wire::v1::{ControlProbe, DrainReply, DrainRequest};
-use ingle_protocol::wire::{Body as _, Frame, encode};
+use ingle_protocol::wire::v2::{ControlProbe, DrainReply, DrainRequest};
+use ingle_protocol::wire::{Body as _, Frame, Version, Versioned as _, WireError, encode};
 use quinn::{RecvStream, SendStream};
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, pg};
 use ractor_cluster::node::{NodeConnectionMode, NodeServerSessionInformation};
@@ -52,7 +54,7 @@ impl Actor for ControlActor {
 
     async fn handle(&self, _: ActorRef<Self::Msg>, message: Self::Msg, (): &mut ()) -> Result<(), ActorProcessingErr> {
         let ControlMessage::Ask(bytes, reply) = message;
-        let frame = match Frame::from_bytes(&bytes) {
+        let frame = match Frame::from_bytes(&bytes, Version::NEWEST) {
             Ok(frame) => frame,
             Err(error) => {
                 tracing::warn!(%error, "a control message that is no frame");
@@ -189,16 +191,22 @@ impl ControlPlane {
             .collect()
     }
 
-    /// Asks a peer to drain. Answers when it has, or why it did not.
-    pub async fn drain(&self, node: NodeId, request: DrainRequest) -> Result<DrainReply, String> {
+    /// Asks a peer that speaks `version` to drain. Answers when it has, or why it did not.
+    pub async fn drain(&self, node: NodeId, version: Version, request: DrainRequest) -> Result<DrainReply, String> {
+        let frame = request.encode_for(version).map_err(|error| match error {
+            WireError::NotInVersion { .. } => {
+                "its Ingle is too old for that. Update it, or end it there: it finishes its answers first".to_owned()
+            }
+            other => other.to_string(),
+        })?;
         let peer = self.peers().into_iter().find(|(peer, _)| *peer == node);
         let (_, peer) = peer.ok_or("it is not reached over the control plane now")?;
-        let bytes = encode(&request).map_err(|error| error.to_string())?.to_bytes().to_vec();
+        let bytes = frame.to_bytes().to_vec();
         let deadline = Duration::from_millis(request.limit_ms).min(LONGEST_DRAIN) + Duration::from_secs(5);
         // Never `call!`: without a deadline a call to a dead port does not return.
         let answer = ractor::call_t!(peer, ControlMessage::Ask, deadline.as_millis() as u64, bytes);
         let answer = answer.map_err(|error| format!("it gave no answer: {error}"))?;
-        Frame::from_bytes(&answer).and_then(|frame| frame.decode()).map_err(|error| error.to_string())
+        Frame::from_bytes(&answer, Version::NEWEST).and_then(|frame| frame.decode()).map_err(|error| error.to_string())
     }
 
     /// Asks the control actors of all peers for a sign of life. `None` for those that do not give one in time.
@@ -217,7 +225,7 @@ impl ControlPlane {
         let asked = Instant::now();
         // Never `call!`: without a deadline a call to a dead port does not return.
         let answer = ractor::call_t!(peer, ControlMessage::Ask, deadline.as_millis() as u64, bytes).ok()?;
-        let answered: ControlProbe = Frame::from_bytes(&answer).ok()?.decode().ok()?;
+        let answered: ControlProbe = Frame::from_bytes(&answer, Version::NEWEST).ok()?.decode().ok()?;
         (answered == probe).then(|| asked.elapsed())
     }
 

@@ -6,19 +6,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::NodeId;
-use ingle_protocol::wire::v1::{Hello, NotWelcome, Welcome};
-use ingle_protocol::wire::{Body as _, StreamKind};
+use ingle_protocol::wire::v2::{Hello, NotWelcome, Welcome};
+use ingle_protocol::wire::{Body as _, StreamKind, Versioned as _};
 use quinn::VarInt;
 use rand::Rng;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::accept::{Session, certified_peer};
+use super::accept::{Session, agreed_version, certified_peer};
 use super::join::is_valid_name;
 use super::link::{PeerLink, open_stream};
 use super::roster::Registered;
 use super::{Mesh, plain};
-use crate::frames::{FrameError, read_frame, write_body};
+use crate::frames::{FrameError, read_frame_in, write_body_in};
 
 /// How long one attempt may take.
 const DIAL_DEADLINE: Duration = Duration::from_secs(3);
@@ -179,6 +179,7 @@ async fn greet(mesh: &Arc<Mesh>, target: SocketAddr) -> Result<NodeId, String> {
         connection.close(VarInt::from_u32(0), b"the node itself");
         return Ok(peer.node);
     }
+    let version = agreed_version(&connection).ok_or("no version of the protocol is agreed on")?;
     // A member has several addresses, which are dialled side by side: one of them is enough.
     let guard = mesh.greeting.begin(peer.node);
     let stands = mesh.roster.link(peer.node).is_some_and(|link| link.connection.close_reason().is_none());
@@ -189,8 +190,8 @@ async fn greet(mesh: &Arc<Mesh>, target: SocketAddr) -> Result<NodeId, String> {
     let greeting = async {
         let (mut send, mut receive) = open_stream(&connection, StreamKind::Membership, DIAL_DEADLINE).await?;
         let hello = Hello { cluster: mesh.identity().cluster, facts: mesh.greeting_facts() };
-        write_body(&mut send, &hello).await?;
-        let answer = read_frame(&mut receive).await?.ok_or(FrameError::Ended)?;
+        write_body_in(version, &mut send, &hello).await?;
+        let answer = read_frame_in(version, &mut receive).await?.ok_or(FrameError::Ended)?;
         Ok::<_, FrameError>((answer, send, receive))
     };
     // TLS 1.3 lets a client finish before the server has judged its certificate: only the welcome counts.
@@ -199,7 +200,7 @@ async fn greet(mesh: &Arc<Mesh>, target: SocketAddr) -> Result<NodeId, String> {
         None => error.to_string(),
     })?;
     if answer.kind == NotWelcome::KIND {
-        let refused = answer.decode::<NotWelcome>().map_err(|error| error.to_string())?;
+        let refused = NotWelcome::decode_for(&answer, version).map_err(|error| error.to_string())?;
         connection.close(VarInt::from_u32(0), b"not welcome");
         if refused.duplicate {
             return Ok(peer.node);
@@ -210,12 +211,12 @@ async fn greet(mesh: &Arc<Mesh>, target: SocketAddr) -> Result<NodeId, String> {
         }
         return Err(refused.why);
     }
-    let welcome = answer.decode::<Welcome>().map_err(|error| error.to_string())?;
+    let welcome = Welcome::decode_for(&answer, version).map_err(|error| error.to_string())?;
     if welcome.facts.member.node != peer.node || !is_valid_name(&welcome.facts.member.name) {
         connection.close(VarInt::from_u32(1), b"the welcome's name or node id is wrong");
         return Err("its name or node id is wrong".into());
     }
-    let link = PeerLink::new(peer, welcome.facts.incarnation, mesh.own_id(), connection.clone());
+    let link = PeerLink::new(peer, version, welcome.facts.incarnation, mesh.own_id(), connection.clone());
     mesh.hear_of_all(&welcome.facts.members);
     if mesh.roster.register(link.clone(), welcome.facts) == Registered::Duplicate {
         connection.close(VarInt::from_u32(0), b"connected already");

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ingle_protocol::NodeId;
-use ingle_protocol::wire::v1::{JoinGranted, JoinRefusalKind, JoinRefused, JoinRequest, MemberHint};
-use ingle_protocol::wire::{Body as _, WireError};
+use ingle_protocol::wire::v2::{JoinGranted, JoinRefusalKind, JoinRefused, JoinRequest, MemberHint};
+use ingle_protocol::wire::{Body as _, Version, Versioned as _, WireError};
 use quinn::{Connection, VarInt};
 use rand::Rng;
 use rcgen::KeyPair;
@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use super::accept::certified_peer;
 use super::dial::resolve;
 use super::{Mesh, authority_stream, endpoint, reachable_addresses};
-use crate::frames::{FrameError, read_body, read_frame, write_body};
+use crate::frames::{FrameError, read_body_in, read_frame_in, write_body_in};
 use crate::identity::{
     Authority, Identity, JoinToken, Membership, RedeemError, SERVER_NAME, TlsConfigs, join_proof, joiner_config,
     signing_request,
@@ -205,12 +205,12 @@ async fn ask(
         clock_ms: milliseconds(now),
     };
     let (mut send, mut receive) = connection.open_bi().await.map_err(std::io::Error::from)?;
-    write_body(&mut send, &request).await?;
+    write_body_in(Version::OF_JOIN, &mut send, &request).await?;
     let _ = send.finish();
-    let frame = read_frame(&mut receive).await?.ok_or(FrameError::Ended)?;
+    let frame = read_frame_in(Version::OF_JOIN, &mut receive).await?.ok_or(FrameError::Ended)?;
     match frame.kind {
-        JoinGranted::KIND => Ok(Ok(frame.decode()?)),
-        JoinRefused::KIND => Ok(Err(frame.decode()?)),
+        JoinGranted::KIND => Ok(Ok(JoinGranted::decode_for(&frame, Version::OF_JOIN)?)),
+        JoinRefused::KIND => Ok(Err(JoinRefused::decode_for(&frame, Version::OF_JOIN)?)),
         got => Err(WireError::Unexpected { expected: "the answer to a join", got }.into()),
     }
 }
@@ -246,7 +246,7 @@ async fn answer(mesh: &Arc<Mesh>, connection: &Connection) -> Result<Result<Stri
     let exporter = exporter(connection)?;
     let reading = async {
         let (send, mut receive) = connection.accept_bi().await.map_err(std::io::Error::from)?;
-        Ok::<_, FrameError>((send, read_body::<JoinRequest, _>(&mut receive).await?))
+        Ok::<_, FrameError>((send, read_body_in::<JoinRequest, _>(Version::OF_JOIN, &mut receive).await?))
     };
     let (mut send, request) = timeout(STEP_DEADLINE, reading).await.map_err(std::io::Error::from)??;
     let name = request.name.clone();
@@ -255,12 +255,12 @@ async fn answer(mesh: &Arc<Mesh>, connection: &Connection) -> Result<Result<Stri
     let deciding = tokio::task::spawn_blocking(move || decide(&mesh, request, &exporter, OffsetDateTime::now_utc()));
     let result = match deciding.await.map_err(std::io::Error::from)? {
         Ok(granted) => {
-            write_body(&mut send, &granted).await?;
+            write_body_in(Version::OF_JOIN, &mut send, &granted).await?;
             Ok(name)
         }
         Err(Objection(kind, message)) => {
             let refused = JoinRefused { kind, message };
-            write_body(&mut send, &refused).await?;
+            write_body_in(Version::OF_JOIN, &mut send, &refused).await?;
             Err(refused)
         }
     };

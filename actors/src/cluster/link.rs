@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use ingle_protocol::NodeId;
 use ingle_protocol::liveness::PULSE_INTERVAL;
-use ingle_protocol::wire::Body as _;
-use ingle_protocol::wire::StreamKind;
-use ingle_protocol::wire::v1::{Goodbye, NodeFacts, Pulse};
+use ingle_protocol::wire::v2::{Goodbye, NodeFacts, Pulse};
+use ingle_protocol::wire::{Body as _, StreamKind, Version, Versioned as _, WireError};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::io::AsyncReadExt;
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -15,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::{Mesh, authority_stream, inference};
-use crate::frames::{FrameError, read_body, read_frame, write_body};
+use crate::frames::{FrameError, read_body_in, read_frame_in, write_body_in};
 use crate::identity::{CertifiedName, Membership};
 
 /// How long a peer may take to say what a stream is for.
@@ -32,6 +31,8 @@ pub const REPLACED: &str = "replaced by another connection";
 pub struct PeerLink {
     /// The member, by its certificate.
     pub node: NodeId,
+    /// Every frame on the connection is of this version.
+    pub version: Version,
     /// Which run of it.
     pub incarnation: u64,
     /// The node that opened the connection.
@@ -47,10 +48,16 @@ pub struct PeerLink {
 
 impl PeerLink {
     /// A connection that `initiator` opened to or from the run `incarnation` of `peer`.
-    pub fn new(peer: CertifiedName, incarnation: u64, initiator: NodeId, connection: Connection) -> Self {
+    pub fn new(
+        peer: CertifiedName,
+        version: Version,
+        incarnation: u64,
+        initiator: NodeId,
+        connection: Connection,
+    ) -> Self {
         let (requests, retired) = (TaskTracker::new(), CancellationToken::new());
         let CertifiedName { node, membership } = peer;
-        Self { node, incarnation, initiator, membership, connection, requests, retired }
+        Self { node, version, incarnation, initiator, membership, connection, requests, retired }
     }
 
     /// Another connection to the same run of the node takes its place: this one ends when its requests have.
@@ -97,9 +104,9 @@ pub async fn run(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, membershi
     tracing::info!(peer = %node, address = %connection.remote_address(), "connected");
     let (send, receive) = membership;
     let tasks = &mesh.tasks;
-    tasks.spawn(guarded(cancel.clone(), send_facts(mesh.clone(), send, connection.clone(), cancel.clone())));
+    tasks.spawn(guarded(cancel.clone(), send_facts(mesh.clone(), send, link.clone(), cancel.clone())));
     tasks.spawn(guarded(cancel.clone(), receive_facts(mesh.clone(), receive, link.clone())));
-    tasks.spawn(guarded(cancel.clone(), send_pulses(mesh.clone(), connection.clone())));
+    tasks.spawn(guarded(cancel.clone(), send_pulses(mesh.clone(), link.clone())));
     tasks.spawn(guarded(cancel.clone(), accept_pulses(mesh.clone(), link.clone())));
     tasks.spawn(guarded(cancel.clone(), accept_streams(mesh.clone(), link.clone(), peer, cancel.clone())));
     if link.initiator == mesh.own_id() {
@@ -144,7 +151,7 @@ pub fn describe(error: &quinn::ConnectionError) -> String {
 }
 
 /// Our facts whenever they change, a goodbye at the end.
-async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, connection: Connection, cancel: CancellationToken) {
+async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, link: PeerLink, cancel: CancellationToken) {
     let mut facts = mesh.own.subscribe();
     // Once in any case: they may have changed since the greeting was written.
     facts.mark_changed();
@@ -155,20 +162,20 @@ async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, connection: Connectio
                     return;
                 }
                 let latest = facts.borrow_and_update().clone();
-                if write_body(&mut send, &latest).await.is_err() {
+                if write_body_in(link.version, &mut send, &latest).await.is_err() {
                     return;
                 }
             }
             () = cancel.cancelled() => {
                 let why = mesh.leaving.get().cloned().unwrap_or_else(|| "it was stopped".into());
                 let _ = timeout(GOODBYE_DEADLINE, async {
-                    write_body(&mut send, &Goodbye { why }).await?;
+                    write_body_in(link.version, &mut send, &Goodbye { why }).await?;
                     let _ = send.finish();
                     let _ = send.stopped().await;
                     Ok::<_, FrameError>(())
                 })
                 .await;
-                connection.close(VarInt::from_u32(0), b"it left");
+                link.close("it left");
                 return;
             }
         }
@@ -177,24 +184,24 @@ async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, connection: Connectio
 
 async fn receive_facts(mesh: Arc<Mesh>, mut receive: RecvStream, link: PeerLink) {
     loop {
-        let frame = match read_frame(&mut receive).await {
+        let frame = match read_frame_in(link.version, &mut receive).await {
             Ok(Some(frame)) => frame,
             Ok(None) => return,
             Err(error @ FrameError::Wire(_)) => return link.close(&error.to_string()),
             Err(_) => return,
         };
         let accepted = match frame.kind {
-            NodeFacts::KIND => frame.decode::<NodeFacts>().map(|facts| {
+            NodeFacts::KIND => NodeFacts::decode_for(&frame, link.version).map(|facts| {
                 // Each node speaks for itself alone.
                 if facts.member.node == link.node {
                     mesh.hear_of_all(&facts.members);
                     mesh.roster.update(link.node, facts);
                 }
             }),
-            Goodbye::KIND => frame.decode::<Goodbye>().map(|goodbye| {
+            Goodbye::KIND => Goodbye::decode_for(&frame, link.version).map(|goodbye| {
                 mesh.roster.left(link.node, link.connection.stable_id(), &goodbye.why);
             }),
-            got => Err(ingle_protocol::wire::WireError::Unexpected { expected: "facts or a goodbye", got }),
+            got => Err(WireError::Unexpected { expected: "facts or a goodbye", got }),
         };
         if let Err(error) = accepted {
             return link.close(&error.to_string());
@@ -202,8 +209,8 @@ async fn receive_facts(mesh: Arc<Mesh>, mut receive: RecvStream, link: PeerLink)
     }
 }
 
-async fn send_pulses(mesh: Arc<Mesh>, connection: Connection) {
-    let Ok(mut send) = connection.open_uni().await else { return };
+async fn send_pulses(mesh: Arc<Mesh>, link: PeerLink) {
+    let Ok(mut send) = link.connection.open_uni().await else { return };
     // Pulses go before everything else on the connection.
     let _ = send.set_priority(1);
     if send.write_all(&[StreamKind::Pulse as u8]).await.is_err() {
@@ -214,7 +221,7 @@ async fn send_pulses(mesh: Arc<Mesh>, connection: Connection) {
     for sequence in 0.. {
         ticks.tick().await;
         let pulse = Pulse { sequence, engines: mesh.workers.pulses(mesh.own_id()) };
-        if write_body(&mut send, &pulse).await.is_err() {
+        if write_body_in(link.version, &mut send, &pulse).await.is_err() {
             return;
         }
     }
@@ -226,7 +233,7 @@ async fn accept_pulses(mesh: Arc<Mesh>, link: PeerLink) {
             Ok(Ok(byte)) if byte == StreamKind::Pulse as u8 => {}
             _ => continue,
         }
-        while let Ok(pulse) = read_body::<Pulse, _>(&mut receive).await {
+        while let Ok(pulse) = read_body_in::<Pulse, _>(link.version, &mut receive).await {
             mesh.roster.pulse(link.node, link.connection.stable_id(), pulse);
         }
     }
@@ -243,11 +250,12 @@ async fn accept_streams(mesh: Arc<Mesh>, link: PeerLink, peer: CertifiedName, ca
             match kind {
                 Ok(StreamKind::Inference) => {
                     let _request = link.requests.token();
-                    inference::serve(mesh, send, receive).await;
+                    inference::serve(mesh, link.version, send, receive).await;
                 }
                 Ok(StreamKind::Control) => mesh.attach_control(&link, send, receive),
                 Ok(StreamKind::Authority) => {
-                    let _ = timeout(STREAM_DEADLINE, authority_stream::serve(&mesh, peer, send, receive)).await;
+                    let _ = timeout(STREAM_DEADLINE, authority_stream::serve(&mesh, peer, link.version, send, receive))
+                        .await;
                 }
                 Ok(StreamKind::Membership | StreamKind::Pulse) | Err(_) => {
                     // A protocol error of a member: better loud than half-understood.

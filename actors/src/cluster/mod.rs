@@ -25,7 +25,7 @@ use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use ingle_protocol::NodeId;
 use ingle_protocol::liveness::Health;
-use ingle_protocol::wire::v1::{DrainReply, DrainRequest, MemberHint, ModelFacts, NodeFacts};
+use ingle_protocol::wire::v2::{DrainReply, DrainRequest, MemberHint, ModelFacts, NodeFacts};
 use time::OffsetDateTime;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -274,7 +274,8 @@ impl Mesh {
     /// Asks the member of this name to drain, or to take work again.
     pub async fn drain(&self, node: NodeId, request: DrainRequest) -> Result<DrainReply, String> {
         let control = self.control.get().ok_or("the control plane of this node does not run; see its log")?;
-        control.drain(node, request).await
+        let link = self.roster.link(node).ok_or("it is not connected now")?;
+        control.drain(node, link.version, request).await
     }
 
     fn attach_control(&self, link: &PeerLink, send: quinn::SendStream, receive: quinn::RecvStream) {

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::liveness::{Health, PeerWatch};
-use ingle_protocol::wire::v1::{EnginePulse, MemberHint, NodeFacts, Pulse};
+use ingle_protocol::wire::v2::{EnginePulse, MemberHint, NodeFacts, Pulse};
 use ingle_protocol::{EngineId, NodeId};
 
 use super::join::is_valid_name;

@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use ingle_protocol::wire::v1::Hardware;
+use ingle_protocol::wire::v2::Hardware;
 
 use super::*;
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::admission::{AdmissionQueue, Ask, Decision, Limits, Rejection};
-use ingle_protocol::wire::v1::Priority;
+use ingle_protocol::wire::v2::Priority;
 use tokio::sync::oneshot;
 use tokio::time::timeout_at;
 

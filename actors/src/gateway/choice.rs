@@ -8,7 +8,7 @@ use ingle_protocol::admission::Limits;
 use ingle_protocol::liveness::Health;
 use ingle_protocol::names::near;
 use ingle_protocol::routing::{Candidate, Demand, assume_unmeasured, pick};
-use ingle_protocol::wire::v1::ModelState;
+use ingle_protocol::wire::v2::ModelState;
 use ingle_protocol::{EngineId, ModelDigest};
 
 use super::admission::AdmissionOptions;
@@ -180,7 +180,7 @@ pub(super) fn choose<'a>(
 fn candidate(offer: &Offer, id: EngineId, engine: &Engine, wanted: &Wanted) -> Candidate {
     let pulse = offer.pulse;
     let load = pulse.map(|pulse| pulse.load).unwrap_or_default();
-    let rate = |of: fn(&ingle_protocol::wire::v1::EnginePulse) -> f32| pulse.as_ref().map_or(0.0, of);
+    let rate = |of: fn(&ingle_protocol::wire::v2::EnginePulse) -> f32| pulse.as_ref().map_or(0.0, of);
     let cached = engine.known_bytes(&wanted.beginnings) as f32 / wanted.bytes_per_token;
     Candidate {
         engine: id,

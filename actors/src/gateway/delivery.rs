@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use ingle_engine::DEFAULT_READER_DEADLINE as READER_DEADLINE;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Failed, FailureKind};
+use ingle_protocol::wire::v2::{Failed, FailureKind};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use ingle_protocol::liveness::EngineWatch;
 use ingle_protocol::prefix::PrefixMemory;
 use ingle_protocol::recovery::{Circuit, CircuitBreaker};
-use ingle_protocol::wire::v1::EnginePulse;
+use ingle_protocol::wire::v2::EnginePulse;
 use ingle_protocol::{EngineId, NodeId};
 use tokio::sync::watch;
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ingle_protocol::EngineId;
 use ingle_protocol::recovery::{NextMove, Standing, is_fault_of_worker};
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Accepted, Failed, FailureKind, NO_TOKEN_ID, RefusalKind, Refused, Request};
+use ingle_protocol::wire::v2::{Accepted, Failed, FailureKind, NO_TOKEN_ID, RefusalKind, Refused, Request};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, sleep_until, timeout_at};
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use ingle_protocol::RequestId;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{
+use ingle_protocol::wire::v2::{
     Accepted, Failed, FailureKind, Message, ModelState, Priority, Refused, Sampling, TraceContext,
 };
 use serde::Serialize;

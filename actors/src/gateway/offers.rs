@@ -2,7 +2,7 @@
 
 use ingle_protocol::NodeId;
 use ingle_protocol::liveness::Health;
-use ingle_protocol::wire::v1::{EnginePulse, ModelFacts, ModelState};
+use ingle_protocol::wire::v2::{EnginePulse, ModelFacts, ModelState};
 
 use crate::cluster::PeerLink;
 

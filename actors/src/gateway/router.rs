@@ -12,7 +12,7 @@ use ingle_protocol::prefix::beginnings;
 use ingle_protocol::recovery::{Circuit, RetryBudget};
 use ingle_protocol::routing::Demand;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{EnginePulse, ModelState, Request};
+use ingle_protocol::wire::v2::{EnginePulse, ModelState, Request};
 use ingle_protocol::{EngineId, NodeId, RequestId};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout_at};

@@ -1,6 +1,6 @@
 //! TLS of the QUIC socket: mutual between members, pinned for those who join.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::WebPkiServerVerifier;
@@ -10,7 +10,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
 
-use ingle_protocol::wire::{JOIN_ALPN, MESH_ALPNS};
+use ingle_protocol::wire::{JOIN_ALPN, Version};
 
 use super::{Authority, Identity, IdentityError};
 
@@ -26,6 +26,20 @@ fn provider() -> Arc<CryptoProvider> {
 pub fn install_crypto_provider() {
     // An error means that one is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// The versions that this node offers to members, newest first.
+///
+/// `INGLE_PROTOCOL_LIMIT` (a number) leaves out newer ones. It is for the test that lets nodes of two versions work
+/// together, and for nothing else: no setting has it.
+static OFFERED: LazyLock<Vec<Version>> = LazyLock::new(|| {
+    let limit = std::env::var("INGLE_PROTOCOL_LIMIT").ok().and_then(|limit| limit.parse::<u8>().ok());
+    let offered = |version: &Version| limit.is_none_or(|limit| version.number() <= limit);
+    Version::ALL.iter().copied().filter(offered).collect()
+});
+
+fn mesh_alpns() -> impl Iterator<Item = Vec<u8>> {
+    OFFERED.iter().map(|version| version.alpn().to_vec())
 }
 
 /// What a member's QUIC socket needs.
@@ -56,13 +70,13 @@ impl TlsConfigs {
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain.clone(), identity.key())?;
-        server.alpn_protocols = MESH_ALPNS.iter().copied().chain([JOIN_ALPN]).map(<[u8]>::to_vec).collect();
+        server.alpn_protocols = mesh_alpns().chain([JOIN_ALPN.to_vec()]).collect();
 
         let mut client = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_root_certificates(roots)
             .with_client_auth_cert(chain, identity.key())?;
-        client.alpn_protocols = MESH_ALPNS.iter().map(|alpn| alpn.to_vec()).collect();
+        client.alpn_protocols = mesh_alpns().collect();
 
         let no_suite = |_| rustls::Error::General("no initial cipher suite".into());
         let mut server =

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
-use ingle_protocol::wire::v1::ModelState;
+use ingle_protocol::wire::v2::ModelState;
 use tokio::sync::mpsc;
 
 use super::catalog::CatalogModel;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ingle_protocol::wire::v1::ModelState;
+use ingle_protocol::wire::v2::ModelState;
 use tokio_util::sync::CancellationToken;
 
 use super::catalog::default_model;

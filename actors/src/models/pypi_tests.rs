@@ -3,7 +3,7 @@
 use std::time::Instant as Clock;
 
 use ingle_protocol::ModelDigest;
-use ingle_protocol::wire::v1::ModelState;
+use ingle_protocol::wire::v2::ModelState;
 use rustix::process::{Pid, test_kill_process};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;

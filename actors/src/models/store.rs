@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use etcetera::BaseStrategy;
 use ingle_protocol::ModelDigest;
-use ingle_protocol::wire::v1::ModelState;
+use ingle_protocol::wire::v2::ModelState;
 use tokio_util::sync::CancellationToken;
 
 use super::catalog::CatalogModel;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::Progress;
+use ingle_protocol::wire::v2::Progress;
 
 use super::LatencySummary;
 
@@ -172,7 +172,7 @@ impl Timeline {
 
 #[cfg(test)]
 mod tests {
-    use ingle_protocol::wire::v1::Token;
+    use ingle_protocol::wire::v2::Token;
 
     use super::*;
 

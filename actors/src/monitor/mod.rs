@@ -3,7 +3,7 @@
 mod latency;
 mod status;
 
-use ingle_protocol::wire::v1::Request;
+use ingle_protocol::wire::v2::Request;
 
 pub use latency::{Latencies, Outcome, Timeline};
 pub use status::{ClusterStatus, LatencySummary, ModelStatus, NodeStatus, cluster_status};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use ingle_protocol::liveness::Health;
-use ingle_protocol::wire::v1::{EnginePulse, ModelFacts};
+use ingle_protocol::wire::v2::{EnginePulse, ModelFacts};
 use ingle_protocol::{EngineId, NodeId};
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +43,8 @@ pub struct NodeStatus {
     pub age_ms: Option<u64>,
     /// Round trip through the control plane in milliseconds, as last measured.
     pub control_round_trip_ms: Option<f64>,
+    /// Version of the protocol on the connection to it; `None` for the node itself and where there is none.
+    pub protocol: Option<u8>,
     /// Version of its program.
     pub software: String,
     /// Its models.
@@ -115,6 +117,7 @@ pub fn cluster_status(mesh: &Mesh, http: &str) -> ClusterStatus {
         health: Health::Alive,
         age_ms: Some(0),
         control_round_trip_ms: None,
+        protocol: None,
         software: own.software,
         models: mesh.workers.facts(own_id).iter().map(|facts| model_status(facts, &own_pulses)).collect(),
     }];
@@ -128,6 +131,7 @@ pub fn cluster_status(mesh: &Mesh, http: &str) -> ClusterStatus {
             health: member.watch.health(now),
             age_ms: member.watch.age(now).map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
             control_round_trip_ms: member.control_round_trip.map(|time| time.as_secs_f64() * 1_000.0),
+            protocol: member.link.as_ref().map(|link| link.version.number()),
             software: facts.map(|facts| facts.software.clone()).unwrap_or_default(),
             models: facts
                 .iter()

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
-use ingle_protocol::wire::v1::{DrainReply, DrainRequest, MemberHint, ModelState, NodeFacts};
+use ingle_protocol::wire::v2::{DrainReply, DrainRequest, MemberHint, ModelState, NodeFacts};
 use ingle_protocol::{NodeId, RequestId};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;

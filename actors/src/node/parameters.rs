@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use ingle_protocol::wire::v1::LiveParameters;
+use ingle_protocol::wire::v2::LiveParameters;
 use serde::{Deserialize, Serialize};
 
 /// How keys and values are kept.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ingle_protocol::wire::v1::Hardware;
+use ingle_protocol::wire::v2::Hardware;
 
 /// The machine's cores, memory and kind.
 pub fn hardware() -> Hardware {

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use ingle_protocol::ModelDigest;
-use ingle_protocol::wire::v1::{
+use ingle_protocol::wire::v2::{
     EngineReport, Failed, FailureKind, LiveParameters, ParametersSet, RefusalKind, Request, SetParameters,
 };
 use ingle_protocol::wire::{Answer, Body};

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ingle_protocol::wire::v1::ModelState;
+use ingle_protocol::wire::v2::ModelState;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 

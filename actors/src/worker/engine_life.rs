@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ingle_protocol::liveness::EngineWatch;
-use ingle_protocol::wire::v1::{EngineReport, ModelState};
+use ingle_protocol::wire::v2::{EngineReport, ModelState};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use ingle_engine::{Engine, EngineSpec, ModelSource, PackedCache};
 use ingle_protocol::liveness::PULSE_INTERVAL;
-use ingle_protocol::wire::v1::{EnginePulse, EngineReport, ModelState, ParametersSet, Request, SetParameters};
-use ingle_protocol::wire::{Answer, Frame, HEAD_LEN, Head};
+use ingle_protocol::wire::v2::{EnginePulse, EngineReport, ModelState, ParametersSet, Request, SetParameters};
+use ingle_protocol::wire::{Answer, Frame, HEAD_LEN, Head, Version};
 use ingle_protocol::{EngineId, NodeId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
@@ -88,7 +88,7 @@ fn listen(changes: &mpsc::Sender<SetParameters>) {
 fn read_change(control: &mut impl Read) -> std::io::Result<SetParameters> {
     let mut head = [0; HEAD_LEN];
     control.read_exact(&mut head)?;
-    let head = Head::parse(head).map_err(std::io::Error::other)?;
+    let head = Head::parse(head, Version::NEWEST).map_err(std::io::Error::other)?;
     let mut body = vec![0; head.length as usize];
     control.read_exact(&mut body)?;
     Frame { kind: head.kind, body: body.into() }.decode().map_err(std::io::Error::other)

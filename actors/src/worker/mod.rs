@@ -16,7 +16,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use ingle_protocol::NodeId;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{
+use ingle_protocol::wire::v2::{
     EnginePulse, Failed, FailureKind, Load, ModelFacts, ModelState, RefusalKind, Refused, Request,
 };
 use tokio::sync::{mpsc, watch};

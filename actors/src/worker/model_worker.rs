@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{EnginePulse, EngineReport, ModelFacts, ModelState, RefusalKind, Request};
+use ingle_protocol::wire::v2::{EnginePulse, EngineReport, ModelFacts, ModelState, RefusalKind, Request};
 use ingle_protocol::{EngineId, ModelDigest, NodeId};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;

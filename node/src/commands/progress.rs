@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use ingle_actors::protocol::wire::v1::ModelState;
+use ingle_actors::protocol::wire::v2::ModelState;
 use tokio::time::Instant;
 
 use crate::output;

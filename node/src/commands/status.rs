@@ -152,6 +152,7 @@ mod tests {
             health,
             age_ms,
             control_round_trip_ms: None,
+            protocol: Some(2),
             software: "0.1.0".into(),
             models,
         }

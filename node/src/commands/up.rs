@@ -10,7 +10,7 @@ use ingle_actors::Node;
 use ingle_actors::node::{DeviceKind, ModelChoice, NodeOptions};
 use ingle_actors::platform::{EndSignals, graphics_cards, raise_open_files_limit};
 use ingle_actors::protocol::liveness::Health;
-use ingle_actors::protocol::wire::v1::ModelState;
+use ingle_actors::protocol::wire::v2::ModelState;
 use ingle_actors::worker::EndpointWorker;
 use tokio::sync::Semaphore;
 

@@ -10,7 +10,7 @@ use ingle_actors::gateway::{ChatRequest, DEFAULT_TEMPERATURE, DEFAULT_TOP_P};
 use ingle_actors::node::control_socket_path;
 use ingle_actors::platform::{LocalListener, LocalStream};
 use ingle_actors::protocol::wire::Answer;
-use ingle_actors::protocol::wire::v1::{FinishReason, Message, Priority, Role, Sampling};
+use ingle_actors::protocol::wire::v2::{FinishReason, Message, Priority, Role, Sampling};
 use ingle_actors::worker::ChangeRequest;
 use tokio::io::{AsyncReadExt, BufReader};
 use tokio::sync::{Semaphore, mpsc};

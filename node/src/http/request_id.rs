@@ -8,7 +8,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
 use ingle_actors::protocol::RequestId;
-use ingle_actors::protocol::wire::v1::TraceContext;
+use ingle_actors::protocol::wire::v2::TraceContext;
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 

@@ -1,6 +1,8 @@
 //! What crosses sockets: frames of `kind u8 · length u32 (little endian) · body`, the body being one `bincode`
-//! struct of one version. [`v1`] is never edited after a release: a change makes a `v2`, with conversions
-//! between the neighbours. This module is the only one that knows `bincode`.
+//! struct of one version. A version is never edited after a release: a change of [`v2`] makes a `v3`, with
+//! conversions between the neighbours, and nodes of two neighbouring versions work together. [`v1`] has what differs
+//! from [`v2`] and nothing twice. All code outside of this module uses the structs of the newest version, whatever a
+//! peer speaks: [`Versioned`] is the way there. This module is the only one that knows `bincode`.
 //!
 //! A kind with the highest bit set ([`SKIPPABLE`]) may be skipped by a reader that does not know it; any other
 //! unknown kind ends the stream.
@@ -9,13 +11,41 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// `impl Body` for the structs of a version that are its own, and `limit_of` for all its kinds: `unchanged` names
+/// those that it shares with its newer neighbour.
+macro_rules! frames {
+    (
+        $(#[$doc:meta])*
+        $($kind:literal $name:ident at_most $limit:expr;)*
+        $(unchanged $($same:ident)*;)?
+    ) => {
+        $(impl $crate::wire::Body for $name {
+            const KIND: u8 = $kind;
+            const LIMIT: u32 = $limit;
+            const NAME: &'static str = stringify!($name);
+        })*
+
+        $(#[$doc])*
+        pub const fn limit_of(kind: u8) -> Option<u32> {
+            match kind {
+                $($kind => Some($limit),)*
+                $($(<$same as $crate::wire::Body>::KIND => Some(<$same as $crate::wire::Body>::LIMIT),)*)?
+                _ => None,
+            }
+        }
+    };
+}
+
 pub mod v1;
+pub mod v2;
 
 mod answer;
+mod neighbours;
+mod version;
 pub use answer::Answer;
+pub use neighbours::Versioned;
+pub use version::Version;
 
-/// TLS application protocols between members, newest first. Each side offers all that it speaks.
-pub const MESH_ALPNS: &[&[u8]] = &[b"ingle/1"];
 /// TLS application protocol for machines that have no certificate yet.
 pub const JOIN_ALPN: &[u8] = b"ingle-join/1";
 /// Bytes before a frame's body.
@@ -75,6 +105,14 @@ pub enum WireError {
         /// The most that its kind may have.
         limit: u32,
     },
+    /// The peer is too old for the frame.
+    #[error("protocol {version} has no frame `{frame}`: the peer is too old for it")]
+    NotInVersion {
+        /// The frame.
+        frame: &'static str,
+        /// What the peer speaks.
+        version: Version,
+    },
     /// The body does not decode.
     #[error("a frame of kind {kind:#04x} that does not decode: {why}")]
     Body {
@@ -113,22 +151,22 @@ pub struct Head {
 }
 
 impl Head {
-    /// Reads a head and checks the announced length against what the kind may have, so that nothing is
+    /// Reads a head and checks the announced length against what the kind may have in `version`, so that nothing is
     /// allocated for a lie.
-    pub fn parse(bytes: [u8; HEAD_LEN]) -> Result<Self, WireError> {
+    pub fn parse(bytes: [u8; HEAD_LEN], version: Version) -> Result<Self, WireError> {
         let [kind, length @ ..] = bytes;
         let length = u32::from_le_bytes(length);
-        let limit = match v1::limit_of(kind) {
+        let limit = match version.limit_of(kind) {
             Some(limit) => limit,
-            None if kind & SKIPPABLE != 0 => v1::SKIPPED_LIMIT,
+            None if kind & SKIPPABLE != 0 => v2::SKIPPED_LIMIT,
             None => return Err(WireError::UnknownKind(kind)),
         };
         if length > limit { Err(WireError::TooLong { length, limit }) } else { Ok(Self { kind, length }) }
     }
 
-    /// True for frames that this version does not know and may skip.
-    pub fn is_skippable_unknown(self) -> bool {
-        self.kind & SKIPPABLE != 0 && v1::limit_of(self.kind).is_none()
+    /// True for frames that `version` does not know and may skip.
+    pub fn is_skippable_unknown(self, version: Version) -> bool {
+        self.kind & SKIPPABLE != 0 && version.limit_of(self.kind).is_none()
     }
 }
 
@@ -142,7 +180,7 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// The body as a `T`, refused if the kind is another or bytes are left over.
+    /// The body as a `T` of `T`'s own version, refused if the kind is another or bytes are left over.
     pub fn decode<T: Body>(&self) -> Result<T, WireError> {
         if self.kind != T::KIND {
             return Err(WireError::Unexpected { expected: T::NAME, got: self.kind });
@@ -152,7 +190,7 @@ impl Frame {
         let decoded = match self.body.len() {
             0..=0x1000 => decode_within::<T, { 512 << 10 }>(&self.body),
             0x1001..=0x1_0000 => decode_within::<T, { 4 << 20 }>(&self.body),
-            _ => decode_within::<T, { v1::DECODE_LIMIT }>(&self.body),
+            _ => decode_within::<T, { v2::DECODE_LIMIT }>(&self.body),
         };
         let (value, used) = decoded.map_err(|error| WireError::Body { kind: self.kind, why: error.to_string() })?;
         match self.body.len() - used {
@@ -170,11 +208,11 @@ impl Frame {
         bytes.freeze()
     }
 
-    /// Takes one frame off the front of `bytes` (for payloads that carry whole frames, as the control plane does).
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, WireError> {
+    /// `bytes` as one frame (for payloads that carry whole frames, as the control plane does).
+    pub fn from_bytes(bytes: &[u8], version: Version) -> Result<Self, WireError> {
         let short = |kind| WireError::Body { kind, why: "the frame is cut short".into() };
         let (head, rest) = bytes.split_first_chunk::<HEAD_LEN>().ok_or_else(|| short(0))?;
-        let head = Head::parse(*head)?;
+        let head = Head::parse(*head, version)?;
         let length = head.length as usize;
         match rest.len().cmp(&length) {
             std::cmp::Ordering::Less => Err(short(head.kind)),
@@ -188,7 +226,7 @@ fn decode_within<T: Body, const LIMIT: usize>(body: &[u8]) -> Result<(T, usize),
     bincode::serde::decode_from_slice(body, bincode::config::standard().with_limit::<LIMIT>())
 }
 
-/// `body` as a frame. Fails where it is longer than its kind allows, so that no peer has to refuse it.
+/// `body` as a frame of its own version. Fails where it is longer than its kind allows, so that no peer has to refuse it.
 pub fn encode<T: Body>(body: &T) -> Result<Frame, WireError> {
     let bytes = bincode::serde::encode_to_vec(body, bincode::config::standard())
         .map_err(|error| WireError::Body { kind: T::KIND, why: error.to_string() })?;

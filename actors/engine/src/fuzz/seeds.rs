@@ -254,16 +254,19 @@ fn templates() -> Vec<Seed> {
 
 /// The frames whose bytes stand for ever, kind and body.
 fn frames() -> Vec<Seed> {
-    let golden = include_str!("../../../../protocol/golden/v1.txt");
+    let golden = include_str!("../../../../protocol/golden/v2.txt");
+    let older = include_str!("../../../../protocol/golden/v1.txt").lines().filter(|line| !golden.contains(line));
     let bytes = |hex: &str| -> Vec<u8> {
         let digits = hex.as_bytes().chunks(2).filter_map(|pair| std::str::from_utf8(pair).ok());
         digits.filter_map(|pair| u8::from_str_radix(pair, 16).ok()).collect()
     };
-    let lines = golden.lines().filter_map(|line| line.split_once(' '));
-    let mut seeds: Vec<Seed> = lines
-        .map(|(name, hex)| {
+    let newest = golden.lines().map(|line| ("", line));
+    let mut seeds: Vec<Seed> = newest
+        .chain(older.map(|line| ("_v1", line)))
+        .filter_map(|(version, line)| Some((version, line.split_once(' ')?)))
+        .map(|(version, (name, hex))| {
             let frame = bytes(hex);
-            (name.to_string(), frame.iter().take(1).chain(frame.iter().skip(5)).copied().collect())
+            (format!("{name}{version}"), frame.iter().take(1).chain(frame.iter().skip(5)).copied().collect())
         })
         .collect();
     let whole = golden.lines().filter_map(|line| line.split_once(' ')).map(|(_, hex)| bytes(hex)).next();

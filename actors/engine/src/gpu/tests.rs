@@ -217,7 +217,7 @@ fn a_matrix_of_several_formats_and_orders_is_one() {
 /// tokens meet, which is once in some thousands (allowed: one in a hundred).
 #[test]
 fn a_card_chooses_what_the_sampler_chooses() {
-    use ingle_protocol::wire::v1::Sampling;
+    use ingle_protocol::wire::v2::Sampling;
 
     use crate::sampler::{Place, Sampler, draw_of};
 

@@ -1,6 +1,6 @@
 //! Which tokens may be drawn, and the draw. Works on a list of [`scan::key`]s with weights, in the order of ids.
 
-use ingle_protocol::wire::v1::Sampling;
+use ingle_protocol::wire::v2::Sampling;
 
 use super::numbers::{ONE, below, random};
 use super::scan::{self, Heat};

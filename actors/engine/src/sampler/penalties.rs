@@ -1,6 +1,6 @@
 //! What changes single logits: biases, penalties, and tokens that must not come.
 
-use ingle_protocol::wire::v1::Sampling;
+use ingle_protocol::wire::v2::Sampling;
 
 /// Whether [`adjust`] would change anything.
 pub fn any(sampling: &Sampling) -> bool {
@@ -67,7 +67,7 @@ pub fn forbid(row: &mut [f32], tokens: &[u32]) {
 
 #[cfg(test)]
 mod tests {
-    use ingle_protocol::wire::v1::LogitBias;
+    use ingle_protocol::wire::v2::LogitBias;
 
     use super::*;
 

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use ingle_protocol::wire::v1::{LogitBias, Message};
+use ingle_protocol::wire::v2::{LogitBias, Message};
 
 use super::*;
 use crate::text::PromptError;

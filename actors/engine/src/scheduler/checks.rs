@@ -1,7 +1,7 @@
 //! Whether a request asks for what this engine can do. The dialects check most of it as well; an engine believes none
 //! of them.
 
-use ingle_protocol::wire::v1::{
+use ingle_protocol::wire::v2::{
     LOGIT_BIAS_LIMIT, RefusalKind, Refused, Request, Role, STOP_TOKENS_LIMIT, Sampling, TOP_LOGPROBS_LIMIT,
 };
 use serde_json::{Map, Value};

@@ -4,7 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::Progress;
+use ingle_protocol::wire::v2::Progress;
 use tokio::sync::mpsc;
 
 use crate::snapshot::lock;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Accepted, ModelState, RefusalKind, Refused, Request};
+use ingle_protocol::wire::v2::{Accepted, ModelState, RefusalKind, Refused, Request};
 use tokio::sync::mpsc;
 
 use super::Wake;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Failed, FailureKind, Progress};
+use ingle_protocol::wire::v2::{Failed, FailureKind, Progress};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 

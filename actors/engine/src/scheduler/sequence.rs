@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{
+use ingle_protocol::wire::v2::{
     Failed, FailureKind, FinishReason, Finished, LOGPROB_BYTES_LIMIT, Load, Logprob, Logprobs, Priority, Sampling,
     Token, Usage,
 };

@@ -1,7 +1,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::*;
+use ingle_protocol::wire::v2::*;
 use ingle_protocol::{ModelDigest, RequestId};
 use tokio::sync::mpsc;
 

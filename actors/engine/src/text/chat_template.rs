@@ -173,7 +173,7 @@ impl Formatter for PythonFormatter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ingle_protocol::wire::v1::{Message, Role};
+    use ingle_protocol::wire::v2::{Message, Role};
 
     fn render(source: &str, content: &str) -> Result<String, PromptError> {
         let template = ChatTemplate::new(source, "<s>", "</s>").map_err(PromptError)?;

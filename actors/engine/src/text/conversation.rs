@@ -1,6 +1,6 @@
 //! What a chat template is given: messages and tools, with all members that the client sent.
 
-use ingle_protocol::wire::v1::Message;
+use ingle_protocol::wire::v2::Message;
 use minijinja::value::{Value, ValueKind};
 
 use super::PromptError;
@@ -131,7 +131,7 @@ fn pairs_of(value: &Value) -> Vec<(Value, Value)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ingle_protocol::wire::v1::Role;
+    use ingle_protocol::wire::v2::Role;
 
     fn assistant(extra: &str) -> Message {
         Message { role: Role::Assistant, content: "c".into(), extra: extra.into() }

@@ -107,7 +107,7 @@ fn is_boundary(text: &[u8], length: usize) -> bool {
 mod tests {
     use super::*;
     use crate::text::PromptError;
-    use ingle_protocol::wire::v1::Message;
+    use ingle_protocol::wire::v2::Message;
     use proptest::prelude::*;
 
     /// Every byte is a token.

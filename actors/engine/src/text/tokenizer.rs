@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use ingle_protocol::wire::v1::Message;
+use ingle_protocol::wire::v2::Message;
 
 use super::{ChatTemplate, Codec, Conversation, PromptError, ToolSupport};
 use crate::EngineError;

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use ingle_protocol::wire::v1::Usage;
+use ingle_protocol::wire::v2::Usage;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ingle_protocol::wire::v1::{FailureKind, RefusalKind, Refused};
+use ingle_protocol::wire::v2::{FailureKind, RefusalKind, Refused};
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 use serde_json::Value;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ingle_engine::DEFAULT_READER_DEADLINE as READER_DEADLINE;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{Accepted, Failed, FailureKind, Finished, Progress, Token};
+use ingle_protocol::wire::v2::{Accepted, Failed, FailureKind, Finished, Progress, Token};
 use reqwest::header::CONTENT_TYPE;
 use reqwest::{Response, StatusCode};
 use tokio::sync::{Notify, mpsc};

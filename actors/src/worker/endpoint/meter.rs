@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::EngineId;
-use ingle_protocol::wire::v1::{EnginePulse, Load};
+use ingle_protocol::wire::v2::{EnginePulse, Load};
 
 /// How much a new observation counts: of gaps between tokens, of which there are many, and of first tokens.
 const GAP_WEIGHT: f64 = 0.05;

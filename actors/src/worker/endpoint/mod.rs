@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v1::{
+use ingle_protocol::wire::v2::{
     ENDPOINT_NUMERICS, EnginePulse, Load, ModelFacts, ModelState, RefusalKind, Refused, Request,
 };
 use ingle_protocol::{EngineId, ModelDigest, NodeId};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ingle_protocol::wire::v1::{Message, RefusalKind, Refused, Request, Role};
+use ingle_protocol::wire::v2::{Message, RefusalKind, Refused, Request, Role};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::json;
 
@@ -138,7 +138,7 @@ fn write<S: Serializer>(
 
 #[cfg(test)]
 mod tests {
-    use ingle_protocol::wire::v1::{LogitBias, Priority, Sampling, TraceContext};
+    use ingle_protocol::wire::v2::{LogitBias, Priority, Sampling, TraceContext};
     use ingle_protocol::{ModelDigest, RequestId};
 
     use super::*;

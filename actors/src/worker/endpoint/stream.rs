@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use ingle_protocol::wire::v1::{EXTRA_LIMIT, FailureKind, FinishReason, Finished, Load, NO_TOKEN_ID, Token, Usage};
+use ingle_protocol::wire::v2::{EXTRA_LIMIT, FailureKind, FinishReason, Finished, Load, NO_TOKEN_ID, Token, Usage};
 
 use super::chunk::{Chunk, Extras, pack};
 use super::errors::{FarError, Trouble};
@@ -180,7 +180,7 @@ fn finish(reason: &str) -> (FinishReason, Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    use ingle_protocol::wire::v1::RefusalKind;
+    use ingle_protocol::wire::v2::RefusalKind;
 
     use super::*;
 

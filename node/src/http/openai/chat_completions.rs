@@ -9,7 +9,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::Response;
 use ingle_actors::gateway::{ChatRequest, Reply};
 use ingle_actors::protocol::wire::Answer;
-use ingle_actors::protocol::wire::v1::{FinishReason, Finished, Logprobs, Priority};
+use ingle_actors::protocol::wire::v2::{FinishReason, Finished, Logprobs, Priority};
 use serde::Serialize;
 use serde_json::{Map, Value};
 use tracing::Span;
@@ -342,7 +342,7 @@ impl Drop for RequestLog {
 #[cfg(test)]
 mod tests {
     use ingle_actors::gateway::Record;
-    use ingle_actors::protocol::wire::v1::{Accepted, Load, Token, Usage};
+    use ingle_actors::protocol::wire::v2::{Accepted, Load, Token, Usage};
     use tokio::sync::mpsc;
 
     use super::*;

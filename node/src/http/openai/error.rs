@@ -6,7 +6,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use ingle_actors::gateway::GatewayError;
-use ingle_actors::protocol::wire::v1::{Failed, FailureKind, RefusalKind, Refused};
+use ingle_actors::protocol::wire::v2::{Failed, FailureKind, RefusalKind, Refused};
 use serde::Serialize;
 
 const INVALID: &str = "invalid_request_error";

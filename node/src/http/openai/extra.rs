@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use ingle_actors::json::Members;
-use ingle_actors::protocol::wire::v1::Usage;
+use ingle_actors::protocol::wire::v2::Usage;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 

@@ -1,6 +1,6 @@
 //! Logarithmic probabilities as OpenAI writes them.
 
-use ingle_actors::protocol::wire::v1::{Logprob, Logprobs};
+use ingle_actors::protocol::wire::v2::{Logprob, Logprobs};
 use serde::Serialize;
 
 /// `logprobs` of a choice, whole or of one chunk.

@@ -86,7 +86,7 @@ fn find(models: Vec<OfferedModel>, id: &str) -> Result<Model, ApiError> {
 
 #[cfg(test)]
 mod tests {
-    use ingle_actors::protocol::wire::v1::ModelState;
+    use ingle_actors::protocol::wire::v2::ModelState;
 
     use super::*;
 

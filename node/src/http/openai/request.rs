@@ -2,7 +2,7 @@
 //! it travels to the engine as `extra`, and the engine honours it or refuses it by name.
 
 use ingle_actors::protocol::raw_json;
-use ingle_actors::protocol::wire::v1::{EXTRA_LIMIT, Message, Role, Sampling};
+use ingle_actors::protocol::wire::v2::{EXTRA_LIMIT, Message, Role, Sampling};
 use serde_json::{Map, Value, json};
 
 use super::ApiError;

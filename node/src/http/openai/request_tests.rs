@@ -1,5 +1,5 @@
 use ingle_actors::gateway::{DEFAULT_TEMPERATURE, DEFAULT_TOP_P};
-use ingle_actors::protocol::wire::v1::LogitBias;
+use ingle_actors::protocol::wire::v2::LogitBias;
 
 use super::*;
 

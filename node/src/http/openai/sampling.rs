@@ -1,7 +1,7 @@
 //! How the client wants tokens to be chosen: OpenAI's members, and those of llama.cpp and vLLM for what OpenAI lacks.
 
 use ingle_actors::gateway::{DEFAULT_TEMPERATURE, DEFAULT_TOP_P};
-use ingle_actors::protocol::wire::v1::{LOGIT_BIAS_LIMIT, LogitBias, STOP_TOKENS_LIMIT, Sampling, TOP_LOGPROBS_LIMIT};
+use ingle_actors::protocol::wire::v2::{LOGIT_BIAS_LIMIT, LogitBias, STOP_TOKENS_LIMIT, Sampling, TOP_LOGPROBS_LIMIT};
 use serde_json::Value;
 
 use super::ApiError;

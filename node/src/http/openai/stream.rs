@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use ingle_actors::json::Members;
 use ingle_actors::protocol::wire::Answer;
-use ingle_actors::protocol::wire::v1::{Failed, FailureKind, Finished, Logprobs, Token};
+use ingle_actors::protocol::wire::v2::{Failed, FailureKind, Finished, Logprobs, Token};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
@@ -280,7 +280,7 @@ pub fn respond(writer: EventWriter, answers: mpsc::Receiver<Answer>, log: Reques
 
 #[cfg(test)]
 mod tests {
-    use ingle_actors::protocol::wire::v1::{FinishReason, Load, Logprob, NO_TOKEN_ID, Usage};
+    use ingle_actors::protocol::wire::v2::{FinishReason, Load, Logprob, NO_TOKEN_ID, Usage};
 
     use super::super::tools::ToolUse;
     use super::*;

@@ -1,6 +1,6 @@
 //! Tools as OpenAI has them: what a request says of them, and calls in an answer.
 
-use ingle_actors::protocol::wire::v1::{FinishReason, Role};
+use ingle_actors::protocol::wire::v2::{FinishReason, Role};
 use ingle_actors::tools::{AnswerPart, ToolCall, ToolCallParser, ToolFormat};
 use serde::Serialize;
 use serde_json::{Map, Value};

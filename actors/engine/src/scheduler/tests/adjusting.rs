@@ -1,6 +1,6 @@
 //! Limits that change while answers run.
 
-use ingle_protocol::wire::v1::LiveParameters;
+use ingle_protocol::wire::v2::LiveParameters;
 
 use super::*;
 use crate::AdjustError;

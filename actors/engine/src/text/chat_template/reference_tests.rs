@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use ingle_protocol::wire::v1::{Message, Role};
+use ingle_protocol::wire::v2::{Message, Role};
 use minijinja::value::Value;
 use serde::Deserialize;
 

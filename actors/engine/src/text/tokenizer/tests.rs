@@ -1,4 +1,4 @@
-use ingle_protocol::wire::v1::Role;
+use ingle_protocol::wire::v2::Role;
 use proptest::prelude::*;
 
 use super::*;

@@ -2,7 +2,7 @@ use std::fmt::Write;
 
 use super::*;
 use crate::text::{ChatTemplate, Conversation};
-use ingle_protocol::wire::v1::{Message, Role};
+use ingle_protocol::wire::v2::{Message, Role};
 
 /// What a template makes of two messages, or why not.
 fn render(source: &str) -> Result<String, String> {
