@@ -1,8 +1,9 @@
-//! Decoders on graphics cards: kernels of our own, in CubeCL, which wgpu brings to Vulkan, Metal and DX12.
+//! Decoders on graphics cards. burn-wgpu brings the device and its runtime (wgpu: Vulkan, Metal, DX12), cubecl the
+//! language of the kernels, which are our own.
 //!
 //! Weights keep the precision of their file ([`forms`]), and a step is a fixed number of kernels a layer, however
-//! many sequences there are ([`decoder`]). Nothing of burn runs here: its tensors would cost a copy for every place
-//! where a number is changed, and its products want dense weights.
+//! many sequences there are ([`decoder`]). No tensor of burn is used here: they would cost a copy for every place
+//! where a number is changed, and their products want dense weights.
 
 use std::sync::Mutex;
 
