@@ -30,7 +30,7 @@ async fn a_changed_limit_holds_for_the_next_answer_of_the_same_engine() {
         let (url, body) = (tower.url("/v1/chat/completions"), echo("me too"));
         async move { client().post(url).json(&body).send().await.unwrap().status() }
     });
-    let status = tower.until("one waits", |status| status.model("tower")["waiting"] == 1).await;
+    let status = tower.until("one waits", |status| status.0["waiting"] == 1).await;
     assert_eq!(status.running("tower"), 2);
     assert_eq!(tower.set("echo", &["batch_size=3"]).await, "live");
     assert_eq!(third.await.unwrap(), 200);

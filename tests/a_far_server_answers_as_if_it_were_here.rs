@@ -98,7 +98,7 @@ async fn every_field_of_a_request_arrives_there() {
     // The order of members and the form of numbers are the client's: a grammar made from a schema depends on both.
     let format = r#"{"type":"json_schema","json_schema":{"schema":{"z":{"minimum":1.0},"a":{"maximum":1e2}}}}"#;
     let body = format!(
-        r#"{{"model":"{FAR_MODEL}","response_format":{format},"tool_choice":"auto","tools":[{{"type":"function"}}],
+        r#"{{"model":"{FAR_MODEL}","response_format":{format},"tool_choice":"auto","tools":[{{"type":"function","function":{{"name":"f"}}}}],
             "messages":[
               {{"role":"user","content":[{{"type":"text","text":"look"}},{{"type":"image_url","image_url":{{"url":"data:,x"}}}}]}},
               {{"role":"assistant","content":null,"tool_calls":[{{"id":"c","type":"function","function":{{"name":"f","arguments":"{{}}"}}}}]}},

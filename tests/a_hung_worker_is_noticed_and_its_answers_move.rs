@@ -16,7 +16,7 @@ async fn a_hung_worker_is_noticed_and_its_answers_move() {
     kill(engine, Signal::STOP);
     stream.rest().await.is_whole(&text);
     let explained = mini.explain("last").await;
-    let cause = explained["attempts"][1]["cause"].as_str().unwrap().to_owned();
+    let cause = explained["attempts"][1]["cause"].as_str().unwrap_or_else(|| panic!("{explained}"));
     assert!(cause.contains("under suspicion"), "{explained}");
     let status = mini.status().await;
     assert_eq!(status.health(&victim.name), "alive", "the node itself is well");

@@ -363,8 +363,11 @@ impl Scheduler {
         let now = Instant::now();
         let step = self.shared.step.fetch_add(1, Ordering::Relaxed) + 1;
         let (rows, seconds) = (batch.want.len() as u32, now.duration_since(started).as_secs_f32());
-        if batch.prefilled == 0 {
-            self.shared.observe_decode(seconds, rows, self.engine.capabilities().slots);
+        // Beside prompts, what they did not take.
+        let decoding = seconds - if prefill_rate > 0.0 { batch.prefilled as f32 / prefill_rate } else { seconds };
+        let decoded = (batch.entries.len() - batch.prefilled) as u32;
+        if decoded > 0 && (batch.prefilled == 0 || decoding > seconds / 2.0) {
+            self.shared.observe_decode(decoding.max(0.0), decoded, self.engine.capabilities().slots);
         } else if batch.entries.len() == batch.prefilled && batch.prefilled * 2 >= chunk {
             self.shared.observe_prefill(batch.prefilled as f32 / seconds);
         }

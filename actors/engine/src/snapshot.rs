@@ -81,10 +81,11 @@ pub(crate) struct Shared {
     pub usual_step_ms: AtomicU32,
     pub stop: AtomicBool,
     prefill_rate: AtomicU32,
-    /// Steps of decoding a second, as many sequences as there were.
-    step_rate: AtomicU32,
-    decode_rate: AtomicU32,
-    full_decode_rate: AtomicU32,
+    /// Seconds of a step of decoding, with as many sequences as there usually are.
+    step_time: AtomicU32,
+    /// With one sequence, and with all slots taken.
+    time_alone: AtomicU32,
+    time_full: AtomicU32,
     recent: Mutex<RecentTokens>,
 }
 
@@ -116,9 +117,9 @@ impl Shared {
             usual_step_ms: AtomicU32::new(0),
             stop: AtomicBool::new(false),
             prefill_rate: AtomicU32::new(0),
-            step_rate: AtomicU32::new(0),
-            decode_rate: AtomicU32::new(0),
-            full_decode_rate: AtomicU32::new(0),
+            step_time: AtomicU32::new(0),
+            time_alone: AtomicU32::new(0),
+            time_full: AtomicU32::new(0),
             recent: Mutex::new(RecentTokens::new(Instant::now())),
         }
     }
@@ -159,24 +160,36 @@ impl Shared {
         observe(&self.prefill_rate, tokens_per_second);
     }
 
-    /// A step that only decoded took so long, with `together` of `slots` sequences.
+    /// Decoding a token of `together` of `slots` sequences took so long. Times are averaged, not rates: one fast step
+    /// must not outweigh many slow ones. The time grows evenly from one sequence to all slots; what is observed in
+    /// between moves both ends (normalized least mean squares).
     pub fn observe_decode(&self, seconds: f32, together: u32, slots: u32) {
-        observe(&self.step_rate, 1.0 / seconds);
-        if together <= 1 {
-            observe(&self.decode_rate, 1.0 / seconds);
+        if !(seconds.is_finite() && seconds > 0.0) {
+            return;
         }
-        if together >= slots.max(1) {
-            observe(&self.full_decode_rate, 1.0 / seconds);
+        observe(&self.step_time, seconds);
+        let load = |time: &AtomicU32| f32::from_bits(time.load(Ordering::Relaxed));
+        let (mut alone, mut full) = (load(&self.time_alone), load(&self.time_full));
+        if alone == 0.0 {
+            (alone, full) = (seconds, seconds);
+        } else {
+            let share = (together.clamp(1, slots.max(1)) - 1) as f32 / (slots.max(2) - 1) as f32;
+            let error = seconds - (alone + (full - alone) * share);
+            let step = RATE_WEIGHT * error / ((1.0 - share).powi(2) + share.powi(2));
+            alone = (alone + step * (1.0 - share)).max(seconds.min(alone) * 0.5);
+            full = (full + step * share).max(alone);
         }
+        self.time_alone.store(alone.to_bits(), Ordering::Relaxed);
+        self.time_full.store(full.to_bits(), Ordering::Relaxed);
     }
 
     pub fn prefill_rate(&self) -> f32 {
         f32::from_bits(self.prefill_rate.load(Ordering::Relaxed))
     }
 
-    /// Steps of decoding a second, with as many sequences as there usually are.
+    /// Steps of decoding a second, with as many sequences as there usually are; 0 until measured.
     pub fn step_rate(&self) -> f32 {
-        f32::from_bits(self.step_rate.load(Ordering::Relaxed))
+        rate_of(&self.step_time)
     }
 
     /// The engine's work.
@@ -204,14 +217,19 @@ impl Shared {
             load: self.load(),
             tokens_per_second: lock(&self.recent).per_second(Instant::now()),
             prefill_rate: self.prefill_rate(),
-            decode_rate: f32::from_bits(self.decode_rate.load(Ordering::Relaxed)),
-            full_decode_rate: f32::from_bits(self.full_decode_rate.load(Ordering::Relaxed)),
+            decode_rate: rate_of(&self.time_alone),
+            full_decode_rate: rate_of(&self.time_full),
         }
     }
 }
 
 /// How much a new measurement counts against all earlier ones.
 const RATE_WEIGHT: f32 = 0.2;
+
+fn rate_of(time: &AtomicU32) -> f32 {
+    let seconds = f32::from_bits(time.load(Ordering::Relaxed));
+    if seconds > 0.0 { 1.0 / seconds } else { 0.0 }
+}
 
 fn observe(rate: &AtomicU32, measured: f32) {
     if measured.is_finite() && measured > 0.0 {
@@ -279,12 +297,16 @@ mod tests {
     fn rates_follow_slowly_and_ignore_nonsense() {
         let shared = Shared::new(Limits::default());
         shared.observe_decode(0.0, 1, 4);
-        assert_eq!(shared.step_rate(), 0.0);
+        assert_eq!((shared.step_rate(), shared.snapshot().decode_rate), (0.0, 0.0));
         shared.observe_decode(0.1, 1, 4);
-        shared.observe_decode(0.05, 2, 4);
-        shared.observe_decode(0.2, 4, 4);
-        let snapshot = shared.snapshot();
-        assert_eq!((snapshot.decode_rate, snapshot.full_decode_rate), (10.0, 5.0));
-        assert_eq!(shared.step_rate(), 10.6);
+        assert_eq!((shared.step_rate(), shared.snapshot().full_decode_rate), (10.0, 10.0));
+        // A warm-up of a microsecond is forgotten within some steps of the truth, at whatever number of sequences.
+        let learnt = Shared::new(Limits::default());
+        learnt.observe_decode(1e-6, 1, 16);
+        (0..60).for_each(|_| learnt.observe_decode(0.05, 9, 16));
+        let snapshot = learnt.snapshot();
+        assert!(snapshot.full_decode_rate < 30.0 && snapshot.decode_rate < 60.0, "{snapshot:?}");
+        (0..60).for_each(|_| learnt.observe_decode(0.01, 1, 16));
+        assert!((learnt.snapshot().decode_rate / 100.0 - 1.0).abs() < 0.05);
     }
 }

@@ -13,7 +13,7 @@ pub const IDLE_TIMEOUT: Duration = Duration::from_millis(1_500);
 const KEEP_ALIVE: Duration = Duration::from_millis(500);
 /// Streams that a peer may have open with us at a time. Each slot costs memory whether used or not; at the limit the
 /// peer's requests are refused as busy.
-const MOST_STREAMS: u32 = 128;
+const MOST_STREAMS: u32 = 1_024;
 /// Bytes in flight: per stream, and per connection in each direction.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;

@@ -156,13 +156,13 @@ pub(super) fn choose<'a>(
         able.push((offer, id, engine));
     }
     assume_unmeasured(&mut candidates);
-    considered.extend(able.iter().zip(&candidates).map(|((offer, ..), candidate)| Considered {
+    considered.extend(able.iter().zip(&candidates).map(|((offer, _, engine), candidate)| Considered {
         node: offer.node_name.clone(),
         estimate: Some(candidate.estimate(wanted.demand)),
         left_out: None,
-        in_flight: candidate.in_flight,
-        running: candidate.running,
-        waiting: candidate.waiting,
+        in_flight: engine.in_flight(),
+        running: offer.pulse.map_or(0, |pulse| pulse.load.running),
+        waiting: offer.pulse.map_or(0, |pulse| pulse.load.waiting),
         slots: candidate.slots,
         cached_tokens: candidate.cached_tokens,
         prefill_rate: candidate.prefill_rate,
@@ -182,14 +182,21 @@ fn candidate(offer: &Offer, id: EngineId, engine: &Engine, wanted: &Wanted) -> C
     let load = pulse.map(|pulse| pulse.load).unwrap_or_default();
     let rate = |of: fn(&ingle_protocol::wire::v2::EnginePulse) -> f32| pulse.as_ref().map_or(0.0, of);
     let cached = engine.known_bytes(&wanted.beginnings) as f32 / wanted.bytes_per_token;
+    let others = engine.of_others(load.running.saturating_add(load.waiting));
+    // A far server reads several prompts at once, and its speed of reading is the whole time to its first token as seen
+    // from here: neither a backlog nor a cache of which nothing is known shortens or lengthens that.
+    let (backlog_tokens, cached) = match offer.facts.is_endpoint() {
+        true => (0, 0.0),
+        false => (load.backlog_tokens.max(engine.unread()), cached),
+    };
     Candidate {
         engine: id,
         local: offer.local,
-        in_flight: engine.in_flight(),
-        running: load.running,
-        waiting: load.waiting,
+        in_flight: engine.in_flight().saturating_add(others),
+        running: 0,
+        waiting: 0,
         slots: offer.facts.slots,
-        backlog_tokens: load.backlog_tokens.max(engine.unread()),
+        backlog_tokens,
         cached_tokens: (cached as u32).min(wanted.demand.prompt_tokens),
         prefill_rate: rate(|pulse| pulse.prefill_rate),
         decode_rate: rate(|pulse| pulse.decode_rate),

@@ -29,6 +29,8 @@ struct Known {
     breaker: CircuitBreaker,
     prefixes: PrefixMemory,
     generation: u32,
+    /// Requests of this router there at the last looks, which its pulse may still count.
+    lately: [u32; 6],
 }
 
 impl Default for Engine {
@@ -52,6 +54,13 @@ impl Engine {
         self.in_flight.load(Ordering::Acquire)
     }
 
+    /// Requests of others there, where its pulse counts `counted` in all. A pulse is a moment old: what it counts may
+    /// be ours that have ended meanwhile.
+    pub fn of_others(&self, counted: u32) -> u32 {
+        let ours = self.known().lately.iter().copied().max().unwrap_or(0).max(self.in_flight());
+        counted.saturating_sub(ours)
+    }
+
     /// See the field.
     pub fn unread(&self) -> u32 {
         self.unread.load(Ordering::Acquire)
@@ -71,6 +80,8 @@ impl Engine {
     pub fn look(&self, pulse: Option<&EnginePulse>, peer: Option<String>, now: Duration) {
         let suspicion = {
             let mut known = self.known();
+            known.lately.rotate_right(1);
+            known.lately[0] = self.in_flight();
             if let Some(pulse) = pulse {
                 if pulse.engine.generation != known.generation {
                     // A new process knows nothing of what the old one had read, nor has it failed yet.

@@ -97,10 +97,11 @@ fn unused_cards(cards: &[String], device: DeviceKind, has_support: bool) -> Opti
     ))
 }
 
-/// Each connection can need three file descriptors (its own, one to the engine, one in between); some are for the
-/// rest of the node. Without a limit, idle connections would take them all.
+/// A connection needs one file descriptor while it is idle or waits its turn. Only requests at the workers need more,
+/// and those are bounded by their slots: a quarter of all, but no more than 4,096, is for them and the rest of the node.
 fn affordable(connections: usize) -> usize {
-    let most = raise_open_files_limit().saturating_sub(128) / 3;
+    let files = raise_open_files_limit();
+    let most = files - (files / 4).min(4_096);
     let most = usize::try_from(most).unwrap_or(usize::MAX).max(16);
     if connections > most {
         tracing::info!(
