@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
 # Measures Ingle on this machine's graphics card, in one command:
 #
-#   tests/gpu_bench.sh [--ingle BINARY] [--work-dir FOLDER] [--layers N] [--device gpu]
+#   tests/gpu_bench.sh [--ingle BINARY] [--work-dir FOLDER] [--model GGUF] [--layers N] [--device gpu]
 #
-# Builds a release binary with GPU support (or takes --ingle), measures the default model and a random model of the
-# shape of Llama 3.2 1B: prompt speed, tokens a second of 1, 4 and 16 sequences, and the share of the card's memory
+# Builds a release binary with GPU support (or takes --ingle), measures the default model (or --model) and a random model
+# of the shape of Llama 3.2 1B: prompt speed, tokens a second of 1, 4 and 16 sequences, and the share of the card's memory
 # bandwidth, which `ingle bench` measures on the card itself. Puts llama.cpp (`llama-bench` on the PATH, built for the
 # GPU) and PyTorch (`python3`, or $PYTHON, with torch and transformers) beside it where they are there, and says so where
-# they are not. --layers makes the random model smaller, for a first try. Needs Rust, Python 3.9 and 8 GB of disk.
+# they are not. --layers makes the random model smaller, for a first try; 0 leaves it out, and PyTorch with it. Needs
+# Rust, Python 3.9 and 8 GB of disk.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-ingle='' work='' layers=16 device=gpu python=${PYTHON:-python3}
+ingle='' work='' model=default layers=16 device=gpu python=${PYTHON:-python3}
 while [ $# -gt 0 ]; do
     case $1 in
     --ingle) ingle=$2 ;;
     --work-dir) work=$2 ;;
+    --model) model=$2 ;;
     --layers) layers=$2 ;;
     --device) device=$2 ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
     shift 2
 done
@@ -43,27 +45,29 @@ else
     echo 'no nvidia-smi: the card is named below, by its driver'
 fi
 
-say 'the default model'
-"$ingle" bench --device "$device" --model default --json >"$work/default.json"
-"$python" - "$work/default.json" >"$work/default.path" <<'PYTHON'
-import json
-import sys
-print(json.load(open(sys.argv[1]))["model"])
-PYTHON
-default=$(cat "$work/default.path")
+say "the model: $model"
+"$ingle" bench --device "$device" --model "$model" --json >"$work/model.json"
+# Where the model lies, for those that measure it beside.
+path=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["model"])' "$work/model.json")
+reports=("$work/model.json") files=("$path")
 
-say 'a random Llama'
-random=$work/random-llama-$layers.gguf
-[ -f "$random" ] || "$python" tests/make_random_llama.py --tokenizer-from "$default" --out "$random" --layers "$layers"
-"$ingle" bench --device "$device" --model "$random" --json >"$work/random.json"
+if [ "$layers" -gt 0 ]; then
+    say 'a random Llama'
+    random=$work/random-llama-$layers.gguf
+    [ -f "$random" ] || "$python" tests/make_random_llama.py --tokenizer-from "$path" --out "$random" --layers "$layers"
+    "$ingle" bench --device "$device" --model "$random" --json >"$work/random.json"
+    reports+=("$work/random.json") files+=("$random")
+fi
 
 say 'Ingle'
-"$python" - "$work/default.json" "$work/random.json" <<'PYTHON'
+"$python" - "${reports[@]}" <<'PYTHON'
 import json
 import sys
 for path in sys.argv[1:]:
     report = json.load(open(path))
     print(f"\n{report['model'].rsplit('/', 1)[-1]}\non {report['backend']}")
+    if not report["backend"].startswith("gpu") or "llvmpipe" in report["backend"]:
+        print("  THE CPU COMPUTED THIS: it says nothing about a card")
     print(f"  prompt, 512 tokens     {report['prompt_tokens_per_second']:>10.1f} tok/s")
     for batch, rate in report["decode_tokens_per_second"].items():
         print(f"  decode, {batch:>2} at once     {rate:>10.1f} tok/s")
@@ -78,14 +82,16 @@ PYTHON
 beside=0
 if command -v llama-bench >/dev/null; then
     say 'llama.cpp, the same files (both keep the weights in the precision of the file)'
-    for file in "$default" "$random"; do
+    for file in "${files[@]}"; do
         llama-bench -m "$file" -p 512 -n 128 -ngl 99 && beside=1
     done
 fi
-say 'PyTorch, the random Llama'
-for dtype in float32 float16; do
-    "$python" tests/torch_llama_bench.py --dtype "$dtype" --layers "$layers" && beside=1 || true
-done
+if [ "$layers" -gt 0 ]; then
+    say 'PyTorch, the random Llama'
+    for dtype in float32 float16; do
+        "$python" tests/torch_llama_bench.py --dtype "$dtype" --layers "$layers" && beside=1 || true
+    done
+fi
 if [ "$beside" = 0 ]; then
     say 'Nothing stands beside these numbers: neither llama-bench nor a PyTorch that sees the GPU is here'
 fi
