@@ -124,7 +124,7 @@ async fn every_field_of_a_request_arrives_there() {
     arrived("max_tokens", json!(9));
     arrived("stop", json!(["END"]));
     arrived("logit_bias", json!({"7": -100.0}));
-    arrived("tools", json!([{"type": "function"}]));
+    arrived("tools", json!([{"type": "function", "function": {"name": "f"}}]));
     arrived("tool_choice", json!("auto"));
     arrived("made_up", json!([1.0, {"b": 1, "a": 2}]));
     let image = json!({"type": "image_url", "image_url": {"url": "data:,x"}});

@@ -104,7 +104,7 @@ pub async fn create(
         Ok(Begun::Whole(response)) => Ok(response),
         Ok(Begun::Stream { writer, reply, headers }) => {
             log.streams = true;
-            let mut response = stream::respond(writer, reply.answers, log);
+            let mut response = stream::respond(*writer, reply.answers, log);
             headers.insert(&mut response);
             Ok(response)
         }
@@ -123,7 +123,7 @@ enum Begun {
     /// It is complete.
     Whole(Response),
     /// The rest comes.
-    Stream { writer: EventWriter, reply: Reply, headers: AnswerHeaders },
+    Stream { writer: Box<EventWriter>, reply: Reply, headers: AnswerHeaders },
 }
 
 async fn answer(
@@ -177,7 +177,7 @@ async fn answer(
     let headers = AnswerHeaders { node: reply.node.clone(), explain: explains.then(|| reply.record.lock().line()) };
     let tools = AnswerTools::new(parsed.tools, &reply.features);
     if parsed.stream {
-        let writer = EventWriter::new(head, parsed.include_usage, tools);
+        let writer = Box::new(EventWriter::new(head, parsed.include_usage, tools));
         return Ok(Begun::Stream { writer, reply, headers });
     }
     let mut response = collect(head, &mut reply, wants_logprobs, tools, log).await?;
