@@ -62,6 +62,8 @@ async fn trouble_at_a_far_server_is_said_for_what_it_is() {
                     mini.until("the endpoint is ready", ready).await;
                 }
             }
+            // Who fails again and again is left alone for a while; one that goes well shows that it is no such.
+            assert_eq!(machine.ask(&far("plain")).await.text(), "Héllo \n🔥");
         }
     }
     for (what, code, message) in [
@@ -81,6 +83,7 @@ async fn trouble_at_a_far_server_is_said_for_what_it_is() {
             assert_eq!(events.text, if what == "wrong length" { "short" } else { "one two " });
             let whole = machine.ask(&far(what)).await;
             assert_eq!(whole.code(), code, "{what}: {}", whole.body);
+            assert_eq!(machine.ask(&far("plain")).await.text(), "Héllo \n🔥");
         }
     }
     assert_eq!(mini.ask(&far("plain")).await.text(), "Héllo \n🔥", "after all that");

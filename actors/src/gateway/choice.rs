@@ -19,6 +19,8 @@ use super::{DEFAULT_MODEL, GatewayError};
 
 /// What a client is told to wait where nobody knows better.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// An engine that ended is known to have ended so soon, on other nodes too.
+const NEWS: Duration = Duration::from_secs(2);
 /// Rates assumed where none was measured, for the size of the queue in front of the workers.
 const UNMEASURED_RATE: f32 = 10.0;
 
@@ -94,11 +96,18 @@ fn trouble(offer: &Offer, engines: &Engines, now: Duration) -> Option<String> {
     }
 }
 
-/// Somebody who cannot answer now may well in a moment: an engine that starts again or is under suspicion.
-pub(super) fn is_hope(offers: &[Offer], digest: ModelDigest) -> bool {
+/// Somebody who cannot answer now may well in a moment: an engine that starts again or is under suspicion. One that was
+/// asked and broke may be another one soon, which is known only `NEWS` later; a far server stays the one that it is.
+pub(super) fn is_hope(offers: &[Offer], digest: ModelDigest, avoid: &[EngineId], waited: Duration) -> bool {
     offers.iter().filter(|offer| offer.facts.digest == Some(digest)).any(|offer| {
         let reachable = offer.local || matches!(offer.health, Health::Alive | Health::Suspect { .. });
-        reachable && matches!(offer.facts.state, ModelState::Ready | ModelState::Loading | ModelState::Warming)
+        let was_asked = offer.facts.engine.is_some_and(|engine| avoid.contains(&engine));
+        reachable
+            && match offer.facts.state {
+                ModelState::Ready => !was_asked || (waited < NEWS && !offer.facts.is_endpoint()),
+                ModelState::Loading | ModelState::Warming => true,
+                _ => false,
+            }
     })
 }
 

@@ -334,7 +334,8 @@ impl Flight {
 
     /// Sends the request to the best worker. Waits for one where somebody may come back.
     async fn send(&mut self) -> Result<(), GatewayError> {
-        let until = self.deadline.min(Instant::now() + PATIENCE);
+        let since = Instant::now();
+        let until = self.deadline.min(since + PATIENCE);
         loop {
             let offers = self.router.offers();
             let now = self.router.now();
@@ -342,7 +343,8 @@ impl Flight {
                 self.send_to(chosen).await;
                 return Ok(());
             }
-            let waits = self.pending.hopeful && choice::is_hope(&offers, self.wanted.digest);
+            let waits =
+                self.pending.hopeful && choice::is_hope(&offers, self.wanted.digest, &self.avoid, since.elapsed());
             if !waits || Instant::now() >= until {
                 return Err(choice::nobody(&offers, &self.router.engines, &self.request.model, now));
             }
