@@ -10,7 +10,7 @@ use crate::logging::LogFormat;
 
 mod models;
 
-pub use models::{EmbedTexts, EvaluateModels, Models, ModelsCommand, QuantizeModel, SetParameters, ShowParameters};
+pub use models::{EmbedTexts, EvaluateModels, Models, ModelsCommand, QuantizeModel, SetParameters, ShowParameters, VerifyModels};
 
 /// The machines of a home or small office as one private AI assistant.
 ///

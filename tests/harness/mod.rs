@@ -3,6 +3,7 @@
 //! Every wait has a deadline and says what it waited for. What a machine logged is shown where its test fails.
 //! Processes are looked up in `/proc`, so these tests need Linux.
 
+mod copies;
 mod far_server;
 mod http;
 mod machine;
@@ -12,6 +13,7 @@ mod status;
 
 use std::time::Duration;
 
+pub use copies::{DEFAULT_FILE, file_in, until_arrived, without_sources};
 pub use far_server::{FAR_MODEL, FarServer, far};
 pub use http::{Answer, Events, Streamed, client};
 pub use machine::Machine;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ingle_protocol::wire::v2::{Hello, NotWelcome, Welcome};
-use ingle_protocol::wire::{JOIN_ALPN, StreamKind, Version};
+use ingle_protocol::wire::{FILES_ALPN, JOIN_ALPN, StreamKind, Version};
 use quinn::{Connection, Incoming, VarInt};
 use rustls::pki_types::CertificateDer;
 use tokio::io::AsyncReadExt;
@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::link::{self, PeerLink};
 use super::roster::Registered;
-use super::{Mesh, authority_stream, join, plain};
+use super::{Mesh, authority_stream, files, join, plain};
 use crate::frames::{FrameError, read_body_in, write_body_in};
 use crate::identity::{CertifiedName, read_names};
 
@@ -97,6 +97,11 @@ async fn welcome(mesh: &Arc<Mesh>, incoming: Incoming, joiners: &Arc<Semaphore>)
     }
     // TLS lets machines without a certificate pass because of joiners; here they end, before a byte is read.
     let Some(peer) = certified_peer(&connection) else { return refuse("no certificate of this cluster") };
+    if alpn(&connection).as_deref() == Some(FILES_ALPN) {
+        let Ok(place) = mesh.share.copier() else { return refuse("too many machines copy files from here") };
+        mesh.tasks.spawn(files::serve(mesh.clone(), connection, peer, place));
+        return Ok(None);
+    }
     let Some(version) = agreed_version(&connection) else { return refuse("no version of the protocol is agreed on") };
     let opening = async {
         let (send, mut receive) = connection.accept_bi().await.map_err(std::io::Error::from)?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ingle_protocol::NodeId;
 use ingle_protocol::liveness::PULSE_INTERVAL;
-use ingle_protocol::wire::v2::{Goodbye, NodeFacts, Pulse};
+use ingle_protocol::wire::v2::{Goodbye, HeldFiles, NodeFacts, Pulse};
 use ingle_protocol::wire::{Body as _, StreamKind, Version, Versioned as _, WireError};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::io::AsyncReadExt;
@@ -155,8 +155,17 @@ async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, link: PeerLink, cance
     let mut facts = mesh.own.subscribe();
     // Once in any case: they may have changed since the greeting was written.
     facts.mark_changed();
+    let mut files = mesh.share.held();
+    files.mark_changed();
+    let takes_files = HeldFiles::default().encode_for(link.version).is_ok();
     loop {
         tokio::select! {
+            changed = files.changed(), if takes_files => {
+                let held = files.borrow_and_update().clone();
+                if changed.is_err() || write_body_in(link.version, &mut send, &held).await.is_err() {
+                    return;
+                }
+            }
             changed = facts.changed() => {
                 if changed.is_err() {
                     return;
@@ -197,6 +206,9 @@ async fn receive_facts(mesh: Arc<Mesh>, mut receive: RecvStream, link: PeerLink)
                     mesh.hear_of_all(&facts.members);
                     mesh.roster.update(link.node, facts);
                 }
+            }),
+            HeldFiles::KIND => HeldFiles::decode_for(&frame, link.version).map(|held| {
+                mesh.roster.holds(link.node, link.connection.stable_id(), held);
             }),
             Goodbye::KIND => Goodbye::decode_for(&frame, link.version).map(|goodbye| {
                 mesh.roster.left(link.node, link.connection.stable_id(), &goodbye.why);

@@ -9,6 +9,7 @@ mod control;
 mod dial;
 mod discovery;
 mod endpoint;
+mod files;
 mod inference;
 mod join;
 mod link;
@@ -33,6 +34,7 @@ use tokio_util::task::TaskTracker;
 
 pub(crate) use control::carry_out;
 pub use endpoint::{bind, plain};
+pub use files::{FileShare, PeerFiles};
 pub use inference::submit_remote;
 pub use join::{Admission, JoinFailure, join};
 pub use link::PeerLink;
@@ -60,6 +62,8 @@ pub struct MeshOptions {
     pub mdns: bool,
     /// This node's engines.
     pub workers: Arc<Workers>,
+    /// The model files that it gives.
+    pub share: Arc<FileShare>,
 }
 
 /// This node's part in its cluster.
@@ -67,6 +71,7 @@ pub struct MeshOptions {
 pub struct Mesh {
     identity: ArcSwap<Identity>,
     client: ArcSwap<quinn::ClientConfig>,
+    files_client: ArcSwap<quinn::ClientConfig>,
     state_dir: PathBuf,
     endpoint: quinn::Endpoint,
     peers: Vec<String>,
@@ -79,6 +84,7 @@ pub struct Mesh {
     /// Set while the node goes over to another cluster: what this mesh would store then would overwrite that.
     frozen: Mutex<bool>,
     failed: watch::Sender<Option<String>>,
+    share: Arc<FileShare>,
     tasks: TaskTracker,
     cancel: CancellationToken,
     /// The members.
@@ -92,13 +98,16 @@ pub struct Mesh {
 impl Mesh {
     /// Starts everything: accepting, dialling, discovery, control plane, renewal.
     pub async fn start(options: MeshOptions) -> Result<Arc<Self>, IdentityError> {
-        let MeshOptions { identity, state_dir, endpoint, mut facts, peers, mdns, workers } = options;
+        let MeshOptions { identity, state_dir, endpoint, mut facts, peers, mdns, workers, share } =
+            options;
         let tls = TlsConfigs::new(&identity, endpoint::transport())?;
         endpoint.set_server_config(Some(tls.server));
         let own_id = identity.names.node;
         facts.member.node = own_id;
         let mesh = Arc::new(Self {
             client: ArcSwap::from_pointee(tls.client),
+            files_client: ArcSwap::from_pointee(tls.files),
+            share,
             identity: ArcSwap::from_pointee(identity),
             tokens: TokenBook::new(&state_dir),
             state_dir,
@@ -130,6 +139,7 @@ impl Mesh {
         }
         mesh.spawn("accepting connections", accept::run(mesh.clone()));
         mesh.spawn("dialling members", dial::run(mesh.clone()));
+        mesh.spawn("looking at the model files", files::watch_folder(mesh.clone()));
         mesh.spawn("renewing the certificate", Self::renew(mesh.clone()));
         if mdns {
             mesh.tasks.spawn(mesh.cancel.clone().run_until_cancelled_owned(discovery::run(mesh.clone())));
@@ -354,6 +364,7 @@ impl Mesh {
         identity.store(&self.state_dir)?;
         self.endpoint.set_server_config(Some(tls.server));
         self.client.store(Arc::new(tls.client));
+        self.files_client.store(Arc::new(tls.files));
         self.identity.store(Arc::new(identity));
         Ok(())
     }

@@ -1,13 +1,13 @@
 //! The members that this node knows, and what it knows of each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::liveness::{Health, PeerWatch};
-use ingle_protocol::wire::v2::{EnginePulse, MemberHint, NodeFacts, Pulse};
-use ingle_protocol::{EngineId, NodeId};
+use ingle_protocol::wire::v2::{EnginePulse, HeldFiles, MOST_HELD_FILES, MemberHint, NodeFacts, Pulse};
+use ingle_protocol::{EngineId, ModelDigest, NodeId};
 
 use super::join::is_valid_name;
 use super::link::{PeerLink, REPLACED};
@@ -30,6 +30,8 @@ pub struct Member {
     pub facts: Option<NodeFacts>,
     /// Its engines, by its last pulse.
     pub engines: BTreeMap<EngineId, EnginePulse>,
+    /// Model files that it gives, by its word; `None` until it has said so.
+    pub files: Option<HashSet<ModelDigest>>,
     /// The connection to it, while one stands.
     pub link: Option<PeerLink>,
     /// As last measured through the control plane.
@@ -184,6 +186,13 @@ impl Roster {
         }
     }
 
+    /// The files that a member gives.
+    pub fn holds(&self, node: NodeId, connection: usize, held: HeldFiles) {
+        if let Some(member) = self.lock().get_mut(&node).filter(|member| member.is_on(connection)) {
+            member.files = Some(held.files.into_iter().take(MOST_HELD_FILES).collect());
+        }
+    }
+
     /// The member said goodbye.
     pub fn left(&self, node: NodeId, connection: usize, why: &str) {
         if let Some(member) = self.lock().get_mut(&node).filter(|member| member.is_on(connection)) {
@@ -196,6 +205,7 @@ impl Roster {
         if let Some(member) = self.lock().get_mut(&node).filter(|member| member.is_on(connection)) {
             member.link = None;
             member.engines.clear();
+            member.files = None;
             member.control_round_trip = None;
             member.watch.lost(why);
         }

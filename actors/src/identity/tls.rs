@@ -10,7 +10,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
 
-use ingle_protocol::wire::{JOIN_ALPN, Version};
+use ingle_protocol::wire::{FILES_ALPN, JOIN_ALPN, Version};
 
 use super::{Authority, Identity, IdentityError};
 
@@ -42,6 +42,11 @@ fn mesh_alpns() -> impl Iterator<Item = Vec<u8>> {
     OFFERED.iter().map(|version| version.alpn().to_vec())
 }
 
+/// Nodes of the last version give no files.
+fn files_alpn() -> Option<Vec<u8>> {
+    OFFERED.contains(&Version::OF_FILES).then(|| FILES_ALPN.to_vec())
+}
+
 /// What a member's QUIC socket needs.
 #[derive(Debug)]
 pub struct TlsConfigs {
@@ -49,6 +54,8 @@ pub struct TlsConfigs {
     pub server: quinn::ServerConfig,
     /// For connections to members.
     pub client: quinn::ClientConfig,
+    /// For connections to members that carry files.
+    pub files: quinn::ClientConfig,
 }
 
 impl TlsConfigs {
@@ -70,21 +77,25 @@ impl TlsConfigs {
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain.clone(), identity.key())?;
-        server.alpn_protocols = mesh_alpns().chain([JOIN_ALPN.to_vec()]).collect();
+        server.alpn_protocols = mesh_alpns().chain(files_alpn()).chain([JOIN_ALPN.to_vec()]).collect();
 
         let mut client = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_root_certificates(roots)
             .with_client_auth_cert(chain, identity.key())?;
         client.alpn_protocols = mesh_alpns().collect();
+        let mut files = client.clone();
+        files.alpn_protocols = vec![FILES_ALPN.to_vec()];
 
         let no_suite = |_| rustls::Error::General("no initial cipher suite".into());
         let mut server =
             quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server).map_err(no_suite)?));
         server.transport_config(transport.clone());
         let mut client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client).map_err(no_suite)?));
-        client.transport_config(transport);
-        Ok(Self { server, client })
+        client.transport_config(transport.clone());
+        let mut files = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(files).map_err(no_suite)?));
+        files.transport_config(transport);
+        Ok(Self { server, client, files })
     }
 }
 

@@ -38,6 +38,11 @@ pub enum SourceSpec {
         /// The file's path in the repository.
         file: String,
     },
+    /// A file at an address of its own.
+    Https {
+        /// The address.
+        url: String,
+    },
 }
 
 impl fmt::Display for SourceSpec {
@@ -45,6 +50,14 @@ impl fmt::Display for SourceSpec {
         match self {
             Self::Pypi { package, version, .. } => write!(f, "Python package {package} {version}"),
             Self::Hub { repository, .. } => write!(f, "model hub, {repository}"),
+            // What stands before the host may be a password, what stands behind the path a key.
+            Self::Https { url } => {
+                let rest = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);
+                let plain = rest.split(['?', '#']).next().unwrap_or_default();
+                let path = plain.find('/').unwrap_or(plain.len());
+                let host = plain[..path].rsplit('@').next().unwrap_or_default();
+                write!(f, "{host}{}", &plain[path..])
+            }
         }
     }
 }
@@ -77,6 +90,17 @@ pub fn default_model() -> CatalogModel {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_shown_without_what_may_be_secret() {
+        for (url, shown) in [
+            ("https://user:pw@files.example/a/m.gguf?key=1#x", "files.example/a/m.gguf"),
+            ("https://files.example", "files.example"),
+            ("https://files.example/a@b", "files.example/a@b"),
+        ] {
+            assert_eq!(SourceSpec::Https { url: url.into() }.to_string(), shown);
+        }
+    }
 
     #[test]
     fn the_default_model_is_the_documented_one() {

@@ -1,4 +1,4 @@
-//! The one HTTP client of this program: its certificates, its limits, its redirects.
+//! The one HTTP client of this program that fetches files: its certificates, its limits, its redirects.
 
 use std::error::Error;
 use std::net::IpAddr;
@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use reqwest::Url;
 use reqwest::redirect::{Attempt, Policy};
+
+use super::lookup::CheckedNames;
+use super::source::SourceError;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const MOST_REDIRECTS: usize = 5;
@@ -21,25 +24,37 @@ impl ClientError {
     }
 }
 
-/// A client for `base`. The system's certificates and proxies hold (no proxy where `base` is this machine).
-pub fn http_client(base: &Url) -> Result<reqwest::Client, ClientError> {
+/// A client that fetches a file from `base`: names are looked up once and must not lead into the household's own
+/// network, at the beginning or by a redirect, unless they are among `named`. The system's certificates and proxies
+/// hold (no proxy where `base` is this machine).
+pub(super) fn source_client(
+    base: &Url,
+    named: impl IntoIterator<Item = String>,
+) -> Result<reqwest::Client, SourceError> {
+    let names = CheckedNames::new(named);
+    if let Some(why) = names.objection(base) {
+        return Err(SourceError::Refused(why));
+    }
+    let client = builder(base, names).build().map_err(|error| ClientError(in_words(&error)))?;
+    Ok(client)
+}
+
+fn builder(base: &Url, names: CheckedNames) -> reqwest::ClientBuilder {
     // reqwest is built without a provider of its own. An error means that one is installed: just as well.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let mut builder = reqwest::Client::builder()
+    let builder = reqwest::Client::builder()
+        .dns_resolver(names.clone())
         .user_agent(concat!("ingle/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(CONNECT_TIMEOUT)
-        .redirect(Policy::custom(|attempt| match refusal(&attempt) {
+        .redirect(Policy::custom(move |attempt| match refusal(&attempt, &names) {
             Some(why) => attempt.error(why),
             None => attempt.follow(),
         }));
-    if is_loopback(base) {
-        builder = builder.no_proxy();
-    }
-    builder.build().map_err(|error| ClientError(in_words(&error)))
+    if is_loopback(base) { builder.no_proxy() } else { builder }
 }
 
 /// Why a redirect is not followed.
-fn refusal(attempt: &Attempt<'_>) -> Option<String> {
+fn refusal(attempt: &Attempt<'_>, names: &CheckedNames) -> Option<String> {
     if attempt.previous().len() > MOST_REDIRECTS {
         return Some(format!("redirected more than {MOST_REDIRECTS} times"));
     }
@@ -47,7 +62,8 @@ fn refusal(attempt: &Attempt<'_>) -> Option<String> {
     // Only who began on this machine may be sent to it in plain text: tests and local mirrors.
     let from_loopback = attempt.previous().first().is_some_and(is_loopback);
     if to.scheme() == "https" || (from_loopback && is_allowed(to)) {
-        None
+        // A name is checked when it is looked up.
+        names.objection(to).map(|why| format!("redirected: {why}"))
     } else {
         Some(format!("redirected to {}://{}, which is not https", to.scheme(), to.host_str().unwrap_or_default()))
     }
@@ -104,6 +120,8 @@ mod tests {
 
     #[test]
     fn the_client_for_https_starts_with_this_systems_certificates() {
-        http_client(&"https://hub.example".parse().unwrap()).unwrap();
+        source_client(&"https://hub.example".parse().unwrap(), []).unwrap();
+        let error = source_client(&"https://10.0.0.1/m".parse().unwrap(), []).unwrap_err().to_string();
+        assert!(error.contains("10.0.0.1 is an address of a private"), "{error}");
     }
 }

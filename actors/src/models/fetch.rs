@@ -79,7 +79,7 @@ impl Fetch<'_> {
         if let Some(expected) = self.model.size.filter(|expected| *expected != size) {
             return Err(SourceError::WrongSize { got: size, expected });
         }
-        shown.total.store(size, Ordering::Relaxed);
+        shown.set_total(size);
 
         let note = file.tag().map(|tag| Note { source: name.to_owned(), tag: tag.to_owned(), size });
         let mut start = note.as_ref().map_or(0, |note| self.part.resumable(note));
@@ -172,7 +172,7 @@ async fn pass_on(
 }
 
 /// What was shown of the progress, so that it is neither shown too often nor runs backwards.
-struct Shown<'a> {
+pub(super) struct Shown<'a> {
     progress: &'a (dyn Fn(ModelState) + Send + Sync),
     total: AtomicU64,
     most: AtomicU64,
@@ -180,13 +180,17 @@ struct Shown<'a> {
 }
 
 impl<'a> Shown<'a> {
-    fn new(fetch: &Fetch<'a>) -> Self {
+    pub(super) fn new(fetch: &Fetch<'a>) -> Self {
         let total = fetch.model.size.unwrap_or(0);
         (fetch.progress)(ModelState::Fetching { done: 0, total });
         Self { progress: fetch.progress, total: total.into(), most: 0.into(), at: Mutex::new(None) }
     }
 
-    fn show(&self, done: u64) {
+    pub(super) fn set_total(&self, total: u64) {
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    pub(super) fn show(&self, done: u64) {
         self.most.fetch_max(done, Ordering::Relaxed);
         let total = self.total.load(Ordering::Relaxed);
         {

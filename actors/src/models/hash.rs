@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ingle_protocol::ModelDigest;
 use serde::{Deserialize, Serialize};
@@ -42,6 +44,24 @@ pub(super) fn hash_all(mut reader: impl Read, hasher: &mut Sha256, left: &Cancel
 
 pub(super) fn finish(hasher: Sha256) -> ModelDigest {
     ModelDigest(hasher.finalize().into())
+}
+
+/// The digest of a file as it is on the disk, whatever is remembered of it. `done` counts the bytes.
+pub(super) async fn hash_file(path: PathBuf, done: Arc<AtomicU64>) -> io::Result<ModelDigest> {
+    struct Counting<R>(R, Arc<AtomicU64>);
+    impl<R: Read> Read for Counting<R> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let read = self.0.read(buffer)?;
+            self.1.fetch_add(read as u64, Ordering::Relaxed);
+            Ok(read)
+        }
+    }
+    blocking(move |left| {
+        let mut hasher = Sha256::new();
+        hash_all(Counting(File::open(&path)?, done), &mut hasher, left)?;
+        Ok(finish(hasher))
+    })
+    .await
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -1,4 +1,5 @@
-//! A model hub as a source: HTTPS with ranges, `{base}/{repository}/resolve/{revision}/{file}`.
+//! A file behind HTTPS as a source, with ranges: one of a model hub
+//! (`{base}/{repository}/resolve/{revision}/{file}`), or at any other address.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -7,13 +8,21 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt, stream};
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_RANGE, ETAG, HeaderMap, IF_RANGE, RANGE};
 use reqwest::{Client, Response, StatusCode, Url};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
-use super::client::{http_client, in_words, is_allowed};
+use super::client::{in_words, is_allowed, source_client};
+use super::lookup::{host_of, is_local_name};
 use super::source::{Body, Job, RemoteFile, Source, SourceError};
 
 /// Longest wait for the first answer of a hub, redirects included: one that does not answer is given up soon.
 const FIRST_ANSWER: Duration = Duration::from_secs(10);
+
+/// The least that must come in a second: what is slower would take a month for a gigabyte.
+const SLOWEST: u64 = 512;
+/// The longest time for one fetch; what came is gone on with the next time.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+/// Files of unknown size may be as large as this.
+const LARGEST: u64 = 512 << 30;
 
 /// One file of a hub.
 #[derive(Debug, Clone)]
@@ -28,6 +37,7 @@ pub(super) struct HubSource {
 impl HubSource {
     pub(super) fn new(
         base: &str,
+        is_named: bool,
         repository: &str,
         revision: &str,
         file: &str,
@@ -44,10 +54,27 @@ impl HubSource {
         }
         let path = format!("{}/{repository}/resolve/{revision}/{file}", url.path().trim_end_matches('/'));
         url.set_path(&path);
+        let named = is_named.then(|| host_of(&url));
+        Self::at(url, named, stall)
+    }
+
+    /// A file at the address that the user typed.
+    pub(super) fn of_url(url: &str, stall: Duration) -> Result<Self, SourceError> {
+        let url: Url = url.parse().map_err(|error| SourceError::NotAvailable(format!("its address is no URL: {error}")))?;
+        if !is_allowed(&url) {
+            let why = "its address must begin with https:// (plain http only within this machine)";
+            return Err(SourceError::NotAvailable(why.into()));
+        }
+        // Who types an address of the household means it; a public name that leads there is not what he typed.
+        let named = Some(host_of(&url)).filter(|host| is_local_name(host));
+        Self::at(url, named, stall)
+    }
+
+    fn at(url: Url, named: Option<String>, stall: Duration) -> Result<Self, SourceError> {
         let mut shown = url.clone();
         let _ = (shown.set_username(""), shown.set_password(None));
         shown.set_query(None);
-        Ok(Self { client: http_client(&url)?, url, shown: shown.into(), stall })
+        Ok(Self { client: source_client(&url, named)?, url, shown: shown.into(), stall })
     }
 
     /// Sends a request; an answer without the file is an error that says which address answered what.
@@ -96,6 +123,11 @@ impl Source for HubSource {
             let size = size.or(job.expected_size).ok_or_else(|| {
                 SourceError::Refused(format!("{} does not say how long the file is, and nobody knows it", self.shown))
             })?;
+            let most = job.expected_size.unwrap_or(LARGEST);
+            if size > most && job.expected_size.is_none() {
+                let why = format!("{} has {size} bytes, more than the {most} that are allowed", self.shown);
+                return Err(SourceError::Refused(why));
+            }
             // A weak tag does not promise equal bytes.
             let tag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok());
             let tag = tag.filter(|tag| ranges && tag.starts_with('"')).map(str::to_owned);
@@ -154,7 +186,9 @@ impl RemoteFile for HubFile {
             {
                 return Err(SourceError::WrongSize { got: start.saturating_add(length), expected: self.size });
             }
-            let reading = Reading { response, done: start, total: self.size, stall: self.hub.stall };
+            let now = Instant::now();
+            let (stall, total) = (self.hub.stall, self.size);
+            let reading = Reading { response, done: start, total, stall, begin: now, window: (now, start) };
             Ok(Body { start, bytes: stream::try_unfold(reading, Reading::next).boxed() })
         }
         .boxed()
@@ -166,6 +200,9 @@ struct Reading {
     done: u64,
     total: u64,
     stall: Duration,
+    begin: Instant,
+    /// Since when the speed is looked at, and what was here then.
+    window: (Instant, u64),
 }
 
 impl Reading {
@@ -183,9 +220,29 @@ impl Reading {
                 if self.done > total {
                     return Err(SourceError::WrongSize { got: self.done, expected: total });
                 }
+                self.check_speed()?;
                 Ok(Some((chunk, self)))
             }
         }
+    }
+}
+
+impl Reading {
+    /// A server that sends a byte now and then is as good as silent.
+    fn check_speed(&mut self) -> Result<(), SourceError> {
+        if self.begin.elapsed() > LONGEST {
+            return Err(SourceError::TooLong { limit: LONGEST, done: self.done, total: self.total });
+        }
+        let (since, before) = self.window;
+        let within = since.elapsed();
+        if within >= self.stall && self.done < self.total {
+            let (bytes, least) = (self.done - before, (SLOWEST as f64 * within.as_secs_f64()) as u64);
+            if bytes < least {
+                return Err(SourceError::TooSlow { bytes, within, least });
+            }
+            self.window = (Instant::now(), self.done);
+        }
+        Ok(())
     }
 }
 
@@ -233,9 +290,9 @@ mod tests {
 
     #[test]
     fn a_hub_in_plain_text_is_refused_before_anything_is_sent() {
-        let error = HubSource::new("http://hub.example", "a/b", "c", "d", FIRST_ANSWER).unwrap_err();
+        let error = HubSource::new("http://hub.example", true, "a/b", "c", "d", FIRST_ANSWER).unwrap_err();
         assert!(error.to_string().contains("must begin with https://"), "{error}");
-        let mirror = HubSource::new("https://mirror.example/hf/", "a/b", "c", "d e.gguf", FIRST_ANSWER).unwrap();
+        let mirror = HubSource::new("https://mirror.example/hf/", true, "a/b", "c", "d e.gguf", FIRST_ANSWER).unwrap();
         assert_eq!(mirror.url.as_str(), "https://mirror.example/hf/a/b/resolve/c/d%20e.gguf");
     }
 }

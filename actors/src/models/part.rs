@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::copy::WITHOUT_GAPS;
 use super::hash::hash_all;
 use crate::platform::{open_not_through_links, read_optional, write_atomically};
 
@@ -43,8 +44,20 @@ impl Part {
 
     /// Where to go on if the source still has the content of `note`.
     pub(super) fn resumable(&self, note: &Note) -> u64 {
-        let known = read_optional(&self.note).ok().flatten().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        if known.as_ref() == Some(note) && self.len() < note.size { self.len() } else { 0 }
+        let known: Option<Note> =
+            read_optional(&self.note).ok().flatten().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        // Chunks that other machines gave were checked, and the whole file will be.
+        let fits = known.is_some_and(|known| known == *note || (known.source == WITHOUT_GAPS && known.size == note.size));
+        if fits && self.len() < note.size { self.len() } else { 0 }
+    }
+
+    /// Opens the file as it is, to be written in any order; what is behind `size` is cut off.
+    pub(super) fn open_for_chunks(&self, size: u64) -> io::Result<File> {
+        let file = open_not_through_links(&self.path, 0o644)?;
+        if file.metadata()?.len() > size {
+            file.set_len(size)?;
+        }
+        Ok(file)
     }
 
     /// Opens the file to be written from `start` on, with the hash of what is before that.

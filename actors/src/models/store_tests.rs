@@ -215,7 +215,7 @@ async fn each_fault_of_a_server_is_a_line_that_names_it() {
         Answer::file(asked, &content(), TAG)
     }
     type Fault = fn(&Asked, usize) -> Answer;
-    let faults: [(&str, Fault, &str); 12] = [
+    let faults: [(&str, Fault, &str); 15] = [
         ("missing", |_, _| Answer::new(404), "has no such file (404): http://127.0.0.1"),
         ("forbidden", |_, _| Answer::new(403), "answered 403"),
         ("overloaded", |_, _| Answer::new(503), "cannot be reached: http"),
@@ -245,6 +245,21 @@ async fn each_fault_of_a_server_is_a_line_that_names_it() {
             "redirected to http://hub.example, which is not https",
         ),
         (
+            "a redirect into the household",
+            |_, _| Answer { headers: vec![("Location", "https://192.168.1.1/m".into())], ..Answer::new(302) },
+            "redirected: 192.168.1.1 is an address of a private",
+        ),
+        (
+            "a redirect to a name that leads there",
+            |_, _| Answer { headers: vec![("Location", "https://localhost:9/m".into())], ..Answer::new(302) },
+            "an address of this machine itself: refused, because nobody here named it",
+        ),
+        (
+            "a byte now and then",
+            |asked, n| if n == 0 { whole(asked) } else { Answer { drip: Some(Duration::from_millis(50)), ..whole(asked) } },
+            "is too slow: ",
+        ),
+        (
             "a redirect to a file",
             |_, _| Answer { headers: vec![("Location", "file:///etc/passwd".into())], ..Answer::new(302) },
             "answered 302",
@@ -270,6 +285,25 @@ async fn each_fault_of_a_server_is_a_line_that_names_it() {
         assert!(begin.elapsed() < Duration::from_secs(15), "{what}: {:?}", begin.elapsed());
         assert!(!names(folder.path()).contains(&"gguf".to_owned()), "{what}");
     }
+}
+
+#[tokio::test]
+async fn a_file_at_an_address_of_its_own_is_fetched_and_no_secret_is_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = TestServer::start(|asked, n| {
+        if n == 0 { Answer::new(403) } else { Answer::file(asked, &content(), TAG) }
+    })
+    .await;
+    let url = format!("{}/m.gguf?key=secret", server.url.replace("http://", "http://user:pw@"));
+    let model = CatalogModel { sources: vec![SourceSpec::Https { url }], ..hub_model(&[]) };
+    let store = store(folder.path(), &server);
+    let line = failure(ensure(&store, &model).await);
+    assert!(line.contains("answered 403") && !line.contains("secret") && !line.contains("pw"), "{line}");
+    ensure(&store, &model).await.unwrap();
+    // A name of the public Internet that leads to an address here is not what somebody typed.
+    let url = "https://10.0.0.1.example.invalid/m".into();
+    let model = CatalogModel { sources: vec![SourceSpec::Https { url }], digest: ModelDigest([1; 32]), ..hub_model(&[]) };
+    assert!(failure(ensure(&store, &model).await).contains("cannot be reached"));
 }
 
 #[tokio::test]

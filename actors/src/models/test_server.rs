@@ -1,6 +1,7 @@
 //! A server of the hub's shape, with faults on demand. One request for each connection.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -26,11 +27,13 @@ pub(super) struct Answer {
     pub cut: Option<usize>,
     /// Sends nothing more after so many bytes of the body, and leaves the connection open.
     pub stall: Option<usize>,
+    /// Sends ten bytes now and then.
+    pub drip: Option<Duration>,
 }
 
 impl Answer {
     pub fn new(status: u16) -> Self {
-        Self { status, headers: vec![], body: vec![], claims: None, cut: None, stall: None }
+        Self { status, headers: vec![], body: vec![], claims: None, cut: None, stall: None, drip: None }
     }
 
     /// The file, or the range of it that was asked for.
@@ -119,8 +122,11 @@ async fn send(answer: Answer, mut stream: TcpStream) -> std::io::Result<()> {
     }
     stream.write_all(format!("{head}\r\n").as_bytes()).await?;
     let end = answer.cut.or(answer.stall).unwrap_or(answer.body.len()).min(answer.body.len());
-    for chunk in answer.body[..end].chunks(10_000) {
+    for chunk in answer.body[..end].chunks(if answer.drip.is_some() { 10 } else { 10_000 }) {
         stream.write_all(chunk).await?;
+        if let Some(pause) = answer.drip {
+            tokio::time::sleep(pause).await;
+        }
     }
     stream.flush().await?;
     if answer.stall.is_some() {

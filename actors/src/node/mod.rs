@@ -6,6 +6,7 @@ mod parameter_file;
 mod parameters;
 mod setting;
 mod state_dir;
+mod verifying;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,11 +27,12 @@ pub use parameters::{
     ParameterValue, ShownParameter, ShownParameters, Source,
 };
 pub use setting::{set_offline, show_offline};
+pub use verifying::{Probe, Verification};
 
-use crate::cluster::{self, Mesh, MeshOptions};
+use crate::cluster::{self, FileShare, Mesh, MeshOptions, PeerFiles};
 use crate::gateway::{ChatRequest, Gateway, GatewayError, OfferedModel, Reply, RequestRecord};
 use crate::identity::Identity;
-use crate::models::ClientError;
+use crate::models::{ClientError, Holders};
 use crate::monitor::ClusterStatus;
 use crate::platform::{FileLock, create_private_dir, hardware};
 use crate::supervisor::{Service, Supervision};
@@ -45,6 +47,7 @@ pub struct Node {
     mesh: Arc<ArcSwapOption<Mesh>>,
     workers: Arc<Workers>,
     model: Option<Arc<ModelWorker>>,
+    holders: Arc<dyn Holders>,
     endpoints: Vec<Arc<EndpointWorker>>,
     gateway: Gateway,
     supervision: Supervision,
@@ -74,9 +77,11 @@ impl Node {
         let endpoint = cluster::bind(options.quic).map_err(|error| quic_error(options.quic, &error))?;
 
         let workers = Arc::new(Workers::default());
+        let mesh: Arc<ArcSwapOption<Mesh>> = Arc::default();
+        let holders: Arc<dyn Holders> = Arc::new(PeerFiles::new(mesh.clone()));
         let model = match options.model.clone() {
             Some(choice) => {
-                let worker = ModelWorker::new(worker_options(&options, choice)?, workers.clone())
+                let worker = ModelWorker::new(worker_options(&options, choice, holders.clone())?, workers.clone())
                     .map_err(|error| StartError::Other(error.to_string()))?;
                 workers.add(worker.clone());
                 Some(worker)
@@ -94,7 +99,6 @@ impl Node {
         create_private_dir(&options.state_dir.join("run"))
             .map_err(|error| state_dir_error(&options.state_dir, &error))?;
 
-        let mesh: Arc<ArcSwapOption<Mesh>> = Arc::default();
         let rejoin = Arc::new(Notify::new());
         let (starts, mut started) = watch::channel(0u64);
         let gateway = Gateway::new(&options.name, mesh.clone(), workers.clone(), options.admission);
@@ -127,6 +131,7 @@ impl Node {
             mesh,
             workers,
             model,
+            holders,
             endpoints,
             gateway,
             supervision,
@@ -206,6 +211,11 @@ impl Node {
         self.model.as_ref().map(|model| model.states())
     }
 
+    /// Where the bytes of this node's model come from while it is fetched; empty at other times.
+    pub fn model_origin(&self) -> String {
+        self.model.as_ref().map(|model| model.origin()).unwrap_or_default()
+    }
+
     /// The endpoints of this node.
     pub fn endpoints(&self) -> &[Arc<EndpointWorker>] {
         &self.endpoints
@@ -269,12 +279,18 @@ impl Node {
     }
 }
 
-fn worker_options(options: &NodeOptions, choice: ModelChoice) -> Result<WorkerOptions, StartError> {
+fn worker_options(
+    options: &NodeOptions,
+    choice: ModelChoice,
+    holders: Arc<dyn Holders>,
+) -> Result<WorkerOptions, StartError> {
     Ok(WorkerOptions {
         parameters: setting::layers(&options.state_dir, &choice, &options.parameters)?,
         parameter_file: ParameterFile::of(&options.state_dir),
         device: options.device,
         cache: options.model_cache.clone(),
+        cache_limit: options.model_cache_limit,
+        holders,
         sockets: options.state_dir.join("run"),
         index: 0,
         environment: options.engine_environment.clone(),
@@ -293,9 +309,10 @@ fn cluster_service(
 ) -> Service {
     let options = options.clone();
     let starts = Arc::new(starts);
+    let share = Arc::new(FileShare::new(options.model_cache.clone()));
     Service::new("cluster", move |cancel| {
         let (options, endpoint, current) = (options.clone(), endpoint.clone(), current.clone());
-        let (workers, rejoin, starts) = (workers.clone(), rejoin.clone(), starts.clone());
+        let (workers, rejoin, starts, share) = (workers.clone(), rejoin.clone(), starts.clone(), share.clone());
         async move {
             loop {
                 let identity = Identity::load(&options.state_dir)
@@ -309,6 +326,7 @@ fn cluster_service(
                     peers: options.peers.clone(),
                     mdns: options.mdns,
                     workers: workers.clone(),
+                    share: share.clone(),
                 })
                 .await
                 .map_err(|error| error.to_string())?;

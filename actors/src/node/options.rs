@@ -91,6 +91,8 @@ pub struct NodeOptions {
     pub endpoints: Vec<EndpointOptions>,
     /// Where model files are kept; shared by all nodes of the machine.
     pub model_cache: PathBuf,
+    /// Bytes that they may have; half of their disk where missing.
+    pub model_cache_limit: Option<u64>,
     /// Environment variables for the engine processes (how they log).
     pub engine_environment: Vec<(String, String)>,
 }

@@ -43,6 +43,12 @@ pub fn available_disk_space(path: &Path) -> std::io::Result<u64> {
     Ok(stats.f_bavail * stats.f_frsize)
 }
 
+/// Bytes of the whole file system of `path`.
+pub fn disk_size(path: &Path) -> std::io::Result<u64> {
+    let stats = rustix::fs::statvfs(path)?;
+    Ok(stats.f_blocks.saturating_mul(stats.f_frsize))
+}
+
 /// Bytes of memory that the system gets back when a process ends: what it holds beside mapped files. `None` where the
 /// system does not say.
 pub fn memory_of(pid: u32) -> Option<u64> {

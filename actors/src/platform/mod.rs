@@ -15,5 +15,5 @@ pub use files::{
 };
 pub use graphics::graphics_cards;
 pub use local_socket::{LocalListener, LocalStream, connect};
-pub use machine::{available_disk_space, hardware, memory_of, raise_open_files_limit};
+pub use machine::{available_disk_space, disk_size, hardware, memory_of, raise_open_files_limit};
 pub use signals::EndSignals;

@@ -18,7 +18,7 @@ use super::child_engine;
 use super::order::{ChangeRequest, Order, Said};
 use super::route::Route;
 use super::{Worker, Workers, refused};
-use crate::models::{ModelStore, default_model};
+use crate::models::{FileInUse, Holders, ModelStore, Origin, StoreError, default_model};
 use crate::node::{
     DeviceKind, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError, ParameterFile,
     ShownParameters,
@@ -40,6 +40,10 @@ pub struct WorkerOptions {
     pub device: DeviceKind,
     /// Where model files are kept.
     pub cache: PathBuf,
+    /// Bytes that they may have; half of their disk where missing.
+    pub cache_limit: Option<u64>,
+    /// Machines that are asked for the file first.
+    pub holders: Arc<dyn Holders>,
     /// Where the engine's socket may be; private to this node.
     pub sockets: PathBuf,
     /// Which of the node's engines.
@@ -77,6 +81,9 @@ pub struct ModelWorker {
     status: Mutex<Status>,
     state: watch::Sender<ModelState>,
     problem: Mutex<Option<String>>,
+    origin: Origin,
+    /// Keeps the file in the store for as long as an engine may be started with it.
+    in_use: Mutex<Option<FileInUse>>,
     orders: mpsc::Sender<Order>,
     changing: Arc<Semaphore>,
     /// Taken by whoever runs the model.
@@ -127,6 +134,8 @@ impl ModelWorker {
             status: Mutex::new(status),
             state: watch::Sender::new(state),
             problem: Mutex::new(None),
+            origin: Origin::default(),
+            in_use: Mutex::new(None),
             orders,
             changing: Arc::new(Semaphore::new(1)),
             ordered: tokio::sync::Mutex::new(ordered),
@@ -169,6 +178,17 @@ impl ModelWorker {
     /// The model's state with every change of it.
     pub fn states(&self) -> watch::Receiver<ModelState> {
         self.state.subscribe()
+    }
+
+    /// Where the bytes of its file come from now.
+    pub fn origin(&self) -> String {
+        self.origin.now()
+    }
+
+    /// The store of its file.
+    pub fn store(&self) -> Result<ModelStore, StoreError> {
+        let store = ModelStore::open(&self.options.cache)?.with_limit(self.options.cache_limit);
+        Ok(store.with_holders(self.options.holders.clone()).with_origin(self.origin.clone()))
     }
 
     /// What is wrong and stays wrong, in words.
@@ -233,13 +253,16 @@ impl ModelWorker {
     }
 
     pub(super) async fn find_file(&self, cancel: &CancellationToken) -> Result<Option<PathBuf>, Trouble> {
-        let store = || ModelStore::open(&self.options.cache).map_err(|error| Trouble::Fetching(error.to_string()));
+        let trouble = |error: StoreError| Trouble::Fetching(error.to_string());
         let found = match &self.options.choice {
             ModelChoice::Echo => return Ok(None),
             ModelChoice::Default => {
                 let model = default_model();
                 self.status().digest = Some(model.digest);
-                let path = store()?
+                let store = self.store().map_err(trouble)?;
+                let in_use = store.hold(&model.digest).map_err(trouble)?;
+                *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = Some(in_use);
+                let path = store
                     .ensure(&model, &|state| self.set_state(state), cancel)
                     .await
                     .map_err(|error| Trouble::Fetching(error.to_string()))?;
@@ -247,7 +270,8 @@ impl ModelWorker {
             }
             ModelChoice::File(path) => {
                 self.set_state(ModelState::Verifying);
-                let file = store()?.local_file(path).await.map_err(|error| Trouble::Final(error.to_string()))?;
+                let store = self.store().map_err(trouble)?;
+                let file = store.local_file(path).await.map_err(|error| Trouble::Final(error.to_string()))?;
                 (file.digest, file.path)
             }
         };

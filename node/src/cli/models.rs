@@ -40,6 +40,11 @@ pub enum ModelsCommand {
     /// An embedding is a list of numbers of length 1: the closer two texts are in meaning, the closer to 1 is the
     /// cosine of their embeddings. Prints the first numbers of each, and with --json all of them.
     Embed(EmbedTexts),
+    /// Read model files anew: a damaged one is set aside and fetched again
+    ///
+    /// Without a name all files of the model folder are read. Where a node runs it asks other machines of the cluster
+    /// for what has to be fetched, and a model that it runs answers with one token.
+    Verify(VerifyModels),
 }
 
 /// Options of `ingle models show`.
@@ -65,6 +70,17 @@ pub struct SetParameters {
     /// Let running answers finish and start the engine anew, also where a second one could take over
     #[arg(long)]
     pub restart: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle models verify`.
+#[derive(Debug, Args)]
+pub struct VerifyModels {
+    /// A model's name, `default`, or the SHA-256 of a file
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -11,6 +11,8 @@ mod status;
 mod token;
 mod up;
 
+pub use models::progress_line;
+
 use std::process::ExitCode;
 use std::time::Duration;
 

@@ -29,11 +29,11 @@ impl Progress {
         if std::io::stderr().is_terminal() { Self::Bar(None) } else { Self::Lines(Lines::default()) }
     }
 
-    /// The model is in this state now.
-    pub fn show(&mut self, state: &ModelState) {
+    /// The model is in this state now; what is fetched comes from `origin`, where that is known.
+    pub fn show(&mut self, state: &ModelState, origin: &str) {
         match self {
             Self::Lines(lines) => {
-                if let Some(line) = lines.line(state, Instant::now()) {
+                if let Some(line) = lines.line(state, origin, Instant::now()) {
                     output::complain(&line);
                 }
             }
@@ -43,16 +43,16 @@ impl Progress {
                         bar.finish_and_clear();
                     }
                 }
-                state => show_bar(bar.get_or_insert_with(ProgressBar::no_length), state),
+                state => show_bar(bar.get_or_insert_with(ProgressBar::no_length), state, origin),
             },
         }
     }
 }
 
-fn show_bar(bar: &ProgressBar, state: &ModelState) {
+fn show_bar(bar: &ProgressBar, state: &ModelState, origin: &str) {
     let template = match state {
-        ModelState::Fetching { total: 0, .. } => "{spinner} fetching the model  {bytes}  {bytes_per_sec}",
-        ModelState::Fetching { .. } => "fetching the model  {wide_bar} {bytes}/{total_bytes}  {eta} left",
+        ModelState::Fetching { total: 0, .. } => "{spinner} fetching the model{msg}  {bytes}  {bytes_per_sec}",
+        ModelState::Fetching { .. } => "fetching the model{msg}  {wide_bar} {bytes}/{total_bytes}  {eta} left",
         _ => "{spinner} the model is {msg}",
     };
     match state {
@@ -61,6 +61,7 @@ fn show_bar(bar: &ProgressBar, state: &ModelState) {
                 bar.set_length(*total);
             }
             bar.set_position(*done);
+            bar.set_message(if origin.is_empty() { String::new() } else { format!(" from {origin}") });
         }
         other => bar.set_message(other.words()),
     }
@@ -79,7 +80,7 @@ pub struct Lines {
 
 impl Lines {
     /// The line for a state, if it is worth one at `now`.
-    fn line(&mut self, state: &ModelState, now: Instant) -> Option<String> {
+    fn line(&mut self, state: &ModelState, origin: &str, now: Instant) -> Option<String> {
         let worth = match (&self.last, state) {
             (None, _) => true,
             (Some((ModelState::Fetching { done: before, total: t }, _)), ModelState::Fetching { done, total })
@@ -100,6 +101,9 @@ impl Lines {
         // These two are said elsewhere, with all that belongs to them.
         match state {
             ModelState::Ready | ModelState::Failed { .. } => None,
+            ModelState::Fetching { .. } if !origin.is_empty() => {
+                Some(format!("The model is {} from {origin}.", state.words()))
+            }
             state => Some(format!("The model is {}.", state.words())),
         }
     }
@@ -114,13 +118,13 @@ mod tests {
         let mut lines = Lines::default();
         let start = Instant::now();
         let said: Vec<String> = (0..=1_000u64)
-            .filter_map(|n| lines.line(&ModelState::Fetching { done: n * 1_000, total: 1_000_000 }, start))
+            .filter_map(|n| lines.line(&ModelState::Fetching { done: n * 1_000, total: 1_000_000 }, "", start))
             .collect();
         assert_eq!(said.len(), 11);
         assert_eq!(said[3], "The model is fetching 30 %.");
-        assert_eq!(lines.line(&ModelState::Loading, start).unwrap(), "The model is loading.");
-        assert_eq!(lines.line(&ModelState::Loading, start), None);
-        assert_eq!(lines.line(&ModelState::Ready, start), None);
+        assert_eq!(lines.line(&ModelState::Loading, "", start).unwrap(), "The model is loading.");
+        assert_eq!(lines.line(&ModelState::Loading, "", start), None);
+        assert_eq!(lines.line(&ModelState::Ready, "", start), None);
     }
 
     #[test]
@@ -128,8 +132,9 @@ mod tests {
         let mut lines = Lines::default();
         let start = Instant::now();
         let fetching = |done| ModelState::Fetching { done, total: 0 };
-        assert_eq!(lines.line(&fetching(2_000_000), start).unwrap(), "The model is fetching 2 MB.");
-        assert_eq!(lines.line(&fetching(3_000_000), start + Duration::from_secs(1)), None);
-        assert!(lines.line(&fetching(9_000_000), start + Duration::from_secs(6)).is_some());
+        assert_eq!(lines.line(&fetching(2_000_000), "", start).unwrap(), "The model is fetching 2 MB.");
+        assert_eq!(lines.line(&fetching(3_000_000), "", start + Duration::from_secs(1)), None);
+        let line = lines.line(&fetching(9_000_000), "tower and desk", start + Duration::from_secs(6)).unwrap();
+        assert_eq!(line, "The model is fetching 9 MB from tower and desk.");
     }
 }

@@ -135,6 +135,7 @@ fn node_options(settings: &Settings, http: SocketAddr, quic: SocketAddr) -> Node
         admission: settings.admission,
         endpoints: Vec::new(),
         model_cache: settings.model_cache.clone(),
+        model_cache_limit: settings.model_cache_limit,
         engine_environment: settings.log.environment(),
     }
 }
@@ -214,7 +215,7 @@ async fn tell_of_model(node: &Node, http: SocketAddr, state_dir_flag: &str) -> S
     let mut was_ready = false;
     loop {
         let state = states.borrow_and_update().clone();
-        progress.show(&state);
+        progress.show(&state, &node.model_origin());
         match &state {
             ModelState::Ready if was_ready => complain("The model answers again."),
             ModelState::Ready => {

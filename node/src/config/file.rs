@@ -116,13 +116,16 @@ pub struct ModelPart {
     pub device: DeviceKind,
     /// Where model files are kept; `ingle/models` in the user's cache folder where missing.
     pub cache: Option<PathBuf>,
+    /// GiB that they may have; half of their disk where missing.
+    pub cache_limit_gib: Option<u64>,
     /// What is given for the model.
     pub parameters: GivenParameters,
 }
 
 impl Default for ModelPart {
     fn default() -> Self {
-        Self { choice: "default".into(), device: DeviceKind::Auto, cache: None, parameters: GivenParameters::default() }
+        let parameters = GivenParameters::default();
+        Self { choice: "default".into(), device: DeviceKind::Auto, cache: None, cache_limit_gib: None, parameters }
     }
 }
 

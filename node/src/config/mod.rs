@@ -152,6 +152,8 @@ pub struct Settings {
     pub endpoints: Vec<EndpointPart>,
     /// Where model files are kept, absolute.
     pub model_cache: PathBuf,
+    /// Bytes that model files may have; half of their disk where missing.
+    pub model_cache_limit: Option<u64>,
     /// Discovery on the local network.
     pub mdns: bool,
     /// Members that are always tried.
@@ -267,6 +269,7 @@ impl Settings {
             parameters: file.model.parameters,
             endpoints,
             model_cache: absolute(model_cache)?,
+            model_cache_limit: file.model.cache_limit_gib.map(|gib| gib.saturating_mul(1 << 30)),
             mdns: layer.mdns.unwrap_or(file.cluster.mdns),
             peers: layer.peers.unwrap_or(file.cluster.peers),
             allowed_hosts: file.http.allowed_hosts.iter().map(|host| host.to_ascii_lowercase()).collect(),

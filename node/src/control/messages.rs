@@ -2,7 +2,7 @@
 
 use ingle_actors::gateway::RequestRecord;
 use ingle_actors::monitor::ClusterStatus;
-use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, ShownParameters};
+use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, ShownParameters, Verification};
 use ingle_actors::protocol::RequestId;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -51,6 +51,11 @@ pub enum Request {
         /// Let the engine finish and start it anew, also where a second one could take over.
         restart: bool,
     },
+    /// Read model files anew.
+    VerifyModels {
+        /// Those of this model; all without one.
+        name: Option<String>,
+    },
     /// Answer a text.
     Chat {
         /// What the person says.
@@ -83,10 +88,12 @@ pub enum Reply {
     },
     /// To `ShowParameters`.
     Parameters(ShownParameters),
-    /// To `SetParameters`: how far it is, in words. One comes every few seconds.
+    /// To `SetParameters` and `VerifyModels`: how far it is, in words. One comes every few seconds.
     Progress(String),
     /// To `SetParameters`: they hold, and how that came.
     ParametersSet(Outcome),
+    /// To `VerifyModels`: what came of it.
+    Verified(Verification),
     /// To `Chat`: a piece of the answer.
     Text(String),
     /// To `Chat`: the answer is complete.

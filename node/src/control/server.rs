@@ -13,11 +13,12 @@ use ingle_actors::protocol::wire::Answer;
 use ingle_actors::protocol::wire::v2::{FinishReason, Message, Priority, Role, Sampling};
 use ingle_actors::worker::ChangeRequest;
 use tokio::io::{AsyncReadExt, BufReader};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::messages::{LineError, Reply, Request, read, write};
+use crate::commands::progress_line;
 use crate::ingress::{self, LOCAL_PRINCIPAL};
 
 /// The most commands at a time.
@@ -28,6 +29,8 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
 /// Words of progress that may wait for a command to read them; more are left out.
 const PROGRESS_BUFFER: usize = 16;
+/// How often a command hears how far long work is.
+const SAY_EVERY: Duration = Duration::from_secs(2);
 /// Rest after an accept that failed for lack of something (file descriptors): trying at once would spin.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
 
@@ -124,6 +127,13 @@ async fn serve(stream: LocalStream, node: &Arc<Node>, chat_deadline: Duration) -
                 () = left => Ok(()),
             }
         }
+        Request::VerifyModels { name } => {
+            let verifying = verify_models(node, name, &mut writer);
+            tokio::select! {
+                result = verifying => result,
+                () = left => Ok(()),
+            }
+        }
         other => {
             let reply = answer(node.clone(), other).await;
             write(&mut writer, &reply).await
@@ -169,7 +179,7 @@ async fn answer(node: Arc<Node>, request: Request) -> Reply {
                 Ok(shown) => Reply::Parameters(shown),
                 Err(why) => Reply::Error(why),
             },
-            Request::Chat { .. } | Request::SetParameters { .. } => Reply::Error("that is answered elsewhere".into()),
+            Request::Chat { .. } | Request::SetParameters { .. } | Request::VerifyModels { .. } => Reply::Error("that is answered elsewhere".into()),
         }
     });
     match tokio::time::timeout(deadline, work).await {
@@ -196,6 +206,35 @@ async fn set_parameters(
             result = &mut setting => {
                 let reply = result.map_or_else(Reply::Error, Reply::ParametersSet);
                 return write(writer, &reply).await;
+            }
+        }
+    }
+}
+
+/// Passes on how far the reading is. It ends by itself, or when its command leaves.
+async fn verify_models(
+    node: &Node,
+    name: Option<String>,
+    writer: &mut (impl tokio::io::AsyncWrite + Unpin),
+) -> Result<(), LineError> {
+    let progress = watch::Sender::new(String::new());
+    let say = |name: &str, done: u64, all: u64| {
+        progress.send_replace(progress_line(name, done, all));
+    };
+    let verifying = node.verify_models(name.as_deref(), &say);
+    tokio::pin!(verifying);
+    let mut ticks = tokio::time::interval(SAY_EVERY);
+    loop {
+        tokio::select! {
+            result = &mut verifying => {
+                let reply = result.map_or_else(Reply::Error, Reply::Verified);
+                return write(writer, &reply).await;
+            }
+            _ = ticks.tick() => {
+                let line = progress.borrow().clone();
+                if !line.is_empty() {
+                    write(writer, &Reply::Progress(line)).await?;
+                }
             }
         }
     }

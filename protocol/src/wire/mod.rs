@@ -48,6 +48,9 @@ pub use version::Version;
 
 /// TLS application protocol for machines that have no certificate yet.
 pub const JOIN_ALPN: &[u8] = b"ingle-join/1";
+/// TLS application protocol of connections that carry model files and nothing else. Their frames are of
+/// [`Version::OF_FILES`].
+pub const FILES_ALPN: &[u8] = b"ingle-files/1";
 /// Bytes before a frame's body.
 pub const HEAD_LEN: usize = 5;
 /// Set in kinds that an old reader may skip.

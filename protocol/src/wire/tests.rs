@@ -181,6 +181,13 @@ fn samples() -> Vec<(&'static str, Frame)> {
         sample(ControlProbe { nonce: 99 }),
         sample(DrainRequest { limit_ms: 20_000, undo: false }),
         sample(DrainReply { running: 5, moved: 1 }),
+        sample(HeldFiles { files: vec![ModelDigest([7; 32])] }),
+        sample(ChunkListRequest { file: ModelDigest([7; 32]) }),
+        sample(ListProgress { done: 300, size: 5_000_000_000 }),
+        sample(ChunkList { size: CHUNK_BYTES + 1, hashes: vec![[8; 32], [9; 32]] }),
+        sample(ChunkRequest { file: ModelDigest([7; 32]), index: 300 }),
+        sample(ChunkFollows { length: 4 << 20 }),
+        sample(FileRefused { why: "not here".into() }),
     ]
 }
 
@@ -251,6 +258,17 @@ fn a_token_with_all_that_may_come_with_it_fits() {
     let logprobs = Some(Logprobs { chosen: longest, top });
     let token = Token { position: 0, id: 0, text: vec![b'x'; 32 << 10], logprobs, extra: vec![b'x'; EXTRA_LIMIT] };
     assert!(encode(&token).is_ok());
+}
+
+#[test]
+fn the_lists_of_the_largest_files_and_of_all_files_fit() {
+    let list = ChunkList { size: MOST_CHUNKS as u64 * CHUNK_BYTES, hashes: vec![[0xff; 32]; MOST_CHUNKS] };
+    assert!(list.is_whole());
+    assert_eq!(encode(&list).unwrap().decode::<ChunkList>().unwrap(), list);
+    let short = ChunkList { size: CHUNK_BYTES + 1, hashes: vec![[1; 32]] };
+    assert!(!short.is_whole() && !ChunkList { size: 0, hashes: vec![] }.is_whole());
+    assert_eq!((short.place(1), short.place(2)), (Some((CHUNK_BYTES, 1)), None));
+    assert!(encode(&HeldFiles { files: vec![ModelDigest([0xff; 32]); MOST_HELD_FILES] }).is_ok());
 }
 
 /// Found by the fuzzer: 20 MB of room for a text of a report of 22 bytes.

@@ -9,8 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};
 
+mod files;
 mod parameters;
 mod sampling;
+pub use files::*;
 pub use parameters::*;
 pub use sampling::*;
 
@@ -31,6 +33,7 @@ frames! {
     0x03 NotWelcome at_most 4 * KIB;
     0x04 Goodbye at_most 4 * KIB;
     0x05 NodeFacts at_most 256 * KIB;
+    0x06 HeldFiles at_most 16 * KIB;
     0x10 Request at_most 16 * MIB;
     0x11 Accepted at_most 4 * KIB;
     0x12 Refused at_most 16 * KIB;
@@ -53,6 +56,12 @@ frames! {
     0x50 ControlProbe at_most KIB;
     0x51 DrainRequest at_most KIB;
     0x52 DrainReply at_most 4 * KIB;
+    0x60 ChunkListRequest at_most KIB;
+    0x61 ListProgress at_most KIB;
+    0x62 ChunkList at_most 4 * MIB;
+    0x63 ChunkRequest at_most KIB;
+    0x64 ChunkFollows at_most KIB;
+    0x65 FileRefused at_most 4 * KIB;
 }
 
 // ---------------------------------------------------------------------------------------------------------------

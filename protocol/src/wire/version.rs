@@ -19,6 +19,8 @@ impl Version {
     pub const NEWEST: Self = Self::V2;
     /// Frames under the join's own application protocol are of this version, whatever else a node speaks.
     pub const OF_JOIN: Self = Self::V1;
+    /// Frames under the files' own application protocol are of this version.
+    pub const OF_FILES: Self = Self::V2;
 
     /// Its number.
     pub const fn number(self) -> u8 {

@@ -5,6 +5,7 @@ mod eval;
 mod parameters;
 mod progress;
 mod quantize;
+mod verify;
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -14,6 +15,8 @@ use anyhow::Context;
 use ingle_actors::models::{FoundModel, find_model};
 use ingle_actors::platform::EndSignals;
 use tokio_util::sync::CancellationToken;
+
+pub use verify::progress_line;
 
 use super::progress::Progress;
 use crate::cli::{Models, ModelsCommand};
@@ -27,6 +30,7 @@ pub async fn run(settings: &Settings, models: Models) -> anyhow::Result<()> {
         ModelsCommand::Quantize(options) => quantize::run(settings, options).await,
         ModelsCommand::Eval(options) => eval::run(settings, options).await,
         ModelsCommand::Embed(options) => embed::run(settings, options).await,
+        ModelsCommand::Verify(options) => verify::run(settings, options).await,
     }
 }
 
@@ -35,7 +39,7 @@ pub(super) async fn find(settings: &Settings, typed: &str) -> anyhow::Result<Fou
     let progress = Mutex::new(Progress::new());
     let show = |state| {
         if let Ok(mut progress) = progress.lock() {
-            progress.show(&state);
+            progress.show(&state, "");
         }
     };
     // Ctrl-C ends the process: what was fetched is kept and gone on with.

@@ -1,0 +1,92 @@
+//! Model files between members: who has which is told over the membership stream, copies come over a connection of
+//! their own, so that answers share neither its windows nor its losses.
+//!
+//! Every member may read what another one tells that it has, guests too: files of the store alone, by their hash, the
+//! same models that it may ask questions. What a member gives is believed as little: each chunk and the whole file are
+//! checked by whoever copies.
+
+mod give;
+mod take;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ingle_protocol::ModelDigest;
+use ingle_protocol::wire::v2::{HeldFiles, MOST_HELD_FILES};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, watch};
+
+pub(super) use give::serve;
+pub use take::PeerFiles;
+
+use super::Mesh;
+use crate::models::ModelStore;
+
+/// How often the folder is looked at: other nodes of the machine put files there too.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Connections of members that copy, and chunks in memory for them, at a time.
+const MOST_COPIERS: usize = 16;
+const MOST_CHUNKS: usize = 8;
+
+/// The model files that this node gives to members.
+#[derive(Debug)]
+pub struct FileShare {
+    store: PathBuf,
+    held: watch::Sender<HeldFiles>,
+    copiers: Arc<Semaphore>,
+    chunks: Semaphore,
+    /// Hashing all of a file is hard work: one at a time.
+    hashing: Semaphore,
+}
+
+impl FileShare {
+    /// The files of the store in this folder.
+    pub fn new(store: PathBuf) -> Self {
+        Self {
+            store,
+            held: watch::Sender::default(),
+            copiers: Arc::new(Semaphore::new(MOST_COPIERS)),
+            chunks: Semaphore::new(MOST_CHUNKS),
+            hashing: Semaphore::new(1),
+        }
+    }
+
+    /// A place for a member that copies.
+    pub(super) fn copier(&self) -> Result<OwnedSemaphorePermit, TryAcquireError> {
+        self.copiers.clone().try_acquire_owned()
+    }
+
+    /// The store, if there is one already.
+    fn store(&self) -> Option<ModelStore> {
+        self.store.is_dir().then(|| ModelStore::open(&self.store).ok()).flatten()
+    }
+
+    /// What this node has, with every change of it.
+    pub(super) fn held(&self) -> watch::Receiver<HeldFiles> {
+        self.held.subscribe()
+    }
+
+    /// The files that are there, those used last first where there are too many.
+    fn look(&self) -> HeldFiles {
+        let files = self.store().and_then(|store| store.files().ok()).unwrap_or_default();
+        let mut files: Vec<ModelDigest> = files.iter().rev().take(MOST_HELD_FILES).map(|file| file.digest).collect();
+        files.sort();
+        HeldFiles { files }
+    }
+}
+
+/// Looks what files there are until the mesh ends.
+pub(super) async fn watch_folder(mesh: Arc<Mesh>) {
+    let mut ticks = tokio::time::interval(LOOK_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let share = mesh.share.clone();
+        let Ok(now) = tokio::task::spawn_blocking(move || share.look()).await else { continue };
+        mesh.share.held.send_if_modified(|held| {
+            let changed = *held != now;
+            *held = now;
+            changed
+        });
+    }
+}

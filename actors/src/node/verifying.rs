@@ -1,0 +1,100 @@
+//! The model files of this machine, read anew, and a question to the model that runs here.
+
+use std::time::Duration;
+
+use ingle_protocol::wire::Answer;
+use ingle_protocol::wire::v2::{Message, ModelState, Priority, Request, Role, Sampling, TraceContext};
+use ingle_protocol::{NodeId, RequestId};
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use super::Node;
+use crate::models::{ModelStore, VerifiedFile, default_model};
+
+/// How long the model may take for its one token.
+const PROBE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What came of a verification.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verification {
+    /// Each file.
+    pub files: Vec<VerifiedFile>,
+    /// What the model that runs here did when it was asked for one token, where one does and was meant.
+    pub probe: Option<Probe>,
+}
+
+/// A question to a running model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probe {
+    /// The model.
+    pub model: String,
+    /// Why it gave no token.
+    pub failed: Option<String>,
+}
+
+impl Node {
+    /// Reads the model files of `name` (all without one) anew; what is damaged is set aside and fetched again, from
+    /// other machines where they have it. A model of this node that is meant answers with one token.
+    pub async fn verify_models(
+        &self,
+        name: Option<&str>,
+        say: &(dyn Fn(&str, u64, u64) + Send + Sync),
+    ) -> Result<Verification, String> {
+        let store = ModelStore::open(&self.options.model_cache).map_err(|error| error.to_string())?;
+        let store = store.with_limit(self.options.model_cache_limit).with_holders(self.holders.clone());
+        let verified = store.verify(name, say, &CancellationToken::new()).await;
+        let own = self.model.as_ref().map(|model| model.name());
+        let is_meant = own.as_deref().is_some_and(|own| name.is_none_or(|name| name == own || name == "default"));
+        let files = match verified {
+            Ok(files) => files,
+            // A model that runs from a file of its own has none in the store.
+            Err(_) if is_meant && own != Some(default_model().name) => Vec::new(),
+            Err(error) => return Err(error.to_string()),
+        };
+        let probe = if is_meant { self.probe().await } else { None };
+        Ok(Verification { files, probe })
+    }
+
+    async fn probe(&self) -> Option<Probe> {
+        let model = self.model.as_ref()?;
+        let facts = self.workers.facts(NodeId::default()).into_iter().find(|facts| facts.name == model.name())?;
+        let failed = match (&facts.state, facts.digest) {
+            (ModelState::Ready, Some(digest)) => {
+                let message = Message { role: Role::User, content: "Hello".into(), extra: vec![] };
+                let request = Request {
+                    request_id: RequestId(rand::random()),
+                    attempt: 0,
+                    trace: TraceContext::default(),
+                    principal: "local".into(),
+                    priority: Priority::Interactive,
+                    remaining_ms: PROBE_DEADLINE.as_millis() as u64,
+                    model: facts.name.clone(),
+                    digest,
+                    messages: vec![message],
+                    sampling: Sampling { temperature: 0.0, max_tokens: Some(1), ..Sampling::default() },
+                    resume: vec![],
+                    resume_text: vec![],
+                    extra: vec![],
+                };
+                let asking = async {
+                    let mut answers = self.workers.submit(request).await;
+                    while let Some(answer) = answers.recv().await {
+                        match answer {
+                            Answer::Token(_) => return None,
+                            Answer::Refused(refused) => return Some(refused.message),
+                            Answer::Failed(failed) => return Some(failed.message),
+                            // An answer may be over with its first token.
+                            Answer::Finished(_) => return None,
+                            Answer::Accepted(_) | Answer::Progress(_) => {}
+                        }
+                    }
+                    Some("the answer broke off".into())
+                };
+                let late = || Some(format!("no token within {} s", PROBE_DEADLINE.as_secs()));
+                tokio::time::timeout(PROBE_DEADLINE, asking).await.unwrap_or_else(|_| late())
+            }
+            (state, _) => Some(format!("it does not run now: {}", state.words())),
+        };
+        Some(Probe { model: facts.name, failed })
+    }
+}
