@@ -49,8 +49,11 @@ class Copying(threading.Thread):
         self.stage, self.ingle, self.giver = stage, ingle, giver
         self.ending = threading.Event()
         self.rates: list[float] = []
-        cache = json.dumps(str(stage.folder / "copies"))
-        self.node = Node(stage, ingle, "taker", "none", config=f"[model]\ncache = {cache}\n")
+        # The model folder of the environment is the giver's.
+        program = stage.folder / "ingle-taker"
+        program.write_text(f"#!/bin/sh\nINGLE_MODEL_CACHE='{stage.folder}/copies' exec '{ingle}' \"$@\"\n")
+        program.chmod(0o755)
+        self.node = Node(stage, program, "taker")
 
     def run(self) -> None:
         while not self.ending.is_set():

@@ -10,7 +10,9 @@ use crate::logging::LogFormat;
 
 mod models;
 
-pub use models::{EmbedTexts, EvaluateModels, Models, ModelsCommand, QuantizeModel, SetParameters, ShowParameters, VerifyModels};
+pub use models::{
+    EmbedTexts, EvaluateModels, Models, ModelsCommand, QuantizeModel, SetParameters, ShowParameters, VerifyModels,
+};
 
 /// The machines of a home or small office as one private AI assistant.
 ///

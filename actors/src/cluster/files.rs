@@ -9,24 +9,29 @@ mod give;
 mod take;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::v2::{HeldFiles, MOST_HELD_FILES};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, watch};
+use tokio::time::Instant;
 
 pub(super) use give::serve;
 pub use take::PeerFiles;
 
 use super::Mesh;
 use crate::models::ModelStore;
+use crate::worker::Workers;
 
 /// How often the folder is looked at: other nodes of the machine put files there too.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Connections of members that copy, and chunks in memory for them, at a time.
 const MOST_COPIERS: usize = 16;
 const MOST_CHUNKS: usize = 8;
+/// Bytes a second that go to all copiers together while this node gives answers: half of what a gigabit line takes, so
+/// that tokens need not wait behind files.
+const BESIDE_ANSWERS: f64 = 60e6;
 
 /// The model files that this node gives to members.
 #[derive(Debug)]
@@ -37,18 +42,37 @@ pub struct FileShare {
     chunks: Semaphore,
     /// Hashing all of a file is hard work: one at a time.
     hashing: Semaphore,
+    workers: Arc<Workers>,
+    /// When the next piece may go while answers are given.
+    next_piece: Mutex<Instant>,
 }
 
 impl FileShare {
-    /// The files of the store in this folder.
-    pub fn new(store: PathBuf) -> Self {
+    /// The files of the store in this folder, on a node with these workers.
+    pub fn new(store: PathBuf, workers: Arc<Workers>) -> Self {
         Self {
             store,
             held: watch::Sender::default(),
             copiers: Arc::new(Semaphore::new(MOST_COPIERS)),
             chunks: Semaphore::new(MOST_CHUNKS),
             hashing: Semaphore::new(1),
+            workers,
+            next_piece: Mutex::new(Instant::now()),
         }
+    }
+
+    /// Waits until a piece may go: at once where this node answers nobody, else within [`BESIDE_ANSWERS`].
+    pub(super) async fn pace(&self, bytes: usize) {
+        if self.workers.open() == 0 {
+            return;
+        }
+        let at = {
+            let mut next = self.next_piece.lock().unwrap_or_else(PoisonError::into_inner);
+            let at = (*next).max(Instant::now());
+            *next = at + Duration::from_secs_f64(bytes as f64 / BESIDE_ANSWERS);
+            at
+        };
+        tokio::time::sleep_until(at).await;
     }
 
     /// A place for a member that copies.

@@ -98,8 +98,7 @@ pub struct Mesh {
 impl Mesh {
     /// Starts everything: accepting, dialling, discovery, control plane, renewal.
     pub async fn start(options: MeshOptions) -> Result<Arc<Self>, IdentityError> {
-        let MeshOptions { identity, state_dir, endpoint, mut facts, peers, mdns, workers, share } =
-            options;
+        let MeshOptions { identity, state_dir, endpoint, mut facts, peers, mdns, workers, share } = options;
         let tls = TlsConfigs::new(&identity, endpoint::transport())?;
         endpoint.set_server_config(Some(tls.server));
         let own_id = identity.names.node;

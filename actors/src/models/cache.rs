@@ -76,17 +76,17 @@ impl ModelStore {
         Ok(files)
     }
 
-    /// Bytes that the folder may have: what was said, else half of its disk.
-    fn limit_now(&self) -> io::Result<u64> {
-        self.limit.map_or_else(|| Ok(disk_size(self.dir())? / 2), Ok)
+    /// Bytes that the folder may have: what was said, else half of its disk, or one file where that is more.
+    fn limit_for(&self, size: u64) -> io::Result<u64> {
+        self.limit.map_or_else(|| Ok((disk_size(self.dir())? / 2).max(size)), Ok)
     }
 
     /// Takes files away until `model` fits below the folder's limit and `needed` bytes of the disk are free. Files in
-    /// use stay; where that is not enough for the limit, it is an error with the numbers.
+    /// use stay; where that is not enough for a limit that was said, it is an error with the numbers.
     pub(super) async fn make_room(&self, model: &CatalogModel, size: u64, needed: u64) -> Result<(), FetchError> {
         let (store, digest) = (self.clone(), model.digest);
         let made = blocking(move |_| {
-            let limit = store.limit_now()?;
+            let limit = store.limit_for(size)?;
             let mut files = store.files()?;
             files.retain(|file| file.digest != digest);
             let mut total = files.iter().fold(0u64, |sum, file| sum.saturating_add(file.size));
@@ -100,7 +100,8 @@ impl ModelStore {
                     total = total.saturating_sub(file.size);
                 }
             }
-            Ok((total.saturating_add(size) > limit).then_some((limit, total)))
+            let is_over = store.limit.is_some() && total.saturating_add(size) > limit;
+            Ok(is_over.then_some((limit, total)))
         });
         let made = made.await.map_err(|error| StoreError::Folder { dir: self.dir().to_owned(), error })?;
         match made {
@@ -204,7 +205,10 @@ mod tests {
         store.make_room(&wanted(3000), 3000, 0).await.unwrap();
         assert_eq!(left(), [old], "in use");
         let error = store.make_room(&wanted(3500), 3500, 0).await.unwrap_err().to_string();
-        assert!(error.contains("3500 bytes") && error.contains("may have 4000") && error.contains("1000 of"), "{error}");
+        assert!(
+            error.contains("3500 bytes") && error.contains("may have 4000") && error.contains("1000 of"),
+            "{error}"
+        );
         drop(in_use);
         store.make_room(&wanted(5000), 5000, 0).await.unwrap_err();
         assert_eq!(left(), [old], "what can never fit takes nothing away");

@@ -62,11 +62,7 @@ pub(super) async fn list_of(
     .await
 }
 
-fn hash_chunks(
-    mut file: &File,
-    done: &AtomicU64,
-    left: &CancellationToken,
-) -> io::Result<(ChunkList, ModelDigest)> {
+fn hash_chunks(mut file: &File, done: &AtomicU64, left: &CancellationToken) -> io::Result<(ChunkList, ModelDigest)> {
     let (mut whole, mut list) = (Sha256::new(), ChunkList { size: 0, hashes: Vec::new() });
     let mut chunk = Vec::with_capacity(CHUNK_BYTES as usize);
     while !left.is_cancelled() {

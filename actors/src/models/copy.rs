@@ -188,7 +188,11 @@ impl<'a> Swarm<'a> {
         let (missing, here): (Vec<u32>, Vec<u32>) = (0..).zip(&there).map(|(index, there)| (index, *there)).fold(
             (vec![], vec![]),
             |(mut missing, mut here), (index, there)| {
-                if there { here.push(index) } else { missing.push(index) }
+                if there {
+                    here.push(index)
+                } else {
+                    missing.push(index)
+                }
                 (missing, here)
             },
         );

@@ -60,7 +60,8 @@ impl HubSource {
 
     /// A file at the address that the user typed.
     pub(super) fn of_url(url: &str, stall: Duration) -> Result<Self, SourceError> {
-        let url: Url = url.parse().map_err(|error| SourceError::NotAvailable(format!("its address is no URL: {error}")))?;
+        let url: Url =
+            url.parse().map_err(|error| SourceError::NotAvailable(format!("its address is no URL: {error}")))?;
         if !is_allowed(&url) {
             let why = "its address must begin with https:// (plain http only within this machine)";
             return Err(SourceError::NotAvailable(why.into()));

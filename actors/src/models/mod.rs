@@ -19,9 +19,9 @@ mod part;
 mod pypi;
 mod source;
 mod store;
-mod verify;
 #[cfg(test)]
 mod test_server;
+mod verify;
 mod wheel;
 
 pub use cache::{FileInUse, StoredFile};

@@ -47,7 +47,8 @@ impl Part {
         let known: Option<Note> =
             read_optional(&self.note).ok().flatten().and_then(|bytes| serde_json::from_slice(&bytes).ok());
         // Chunks that other machines gave were checked, and the whole file will be.
-        let fits = known.is_some_and(|known| known == *note || (known.source == WITHOUT_GAPS && known.size == note.size));
+        let fits =
+            known.is_some_and(|known| known == *note || (known.source == WITHOUT_GAPS && known.size == note.size));
         if fits && self.len() < note.size { self.len() } else { 0 }
     }
 

@@ -256,7 +256,9 @@ async fn each_fault_of_a_server_is_a_line_that_names_it() {
         ),
         (
             "a byte now and then",
-            |asked, n| if n == 0 { whole(asked) } else { Answer { drip: Some(Duration::from_millis(50)), ..whole(asked) } },
+            |asked, n| {
+                if n == 0 { whole(asked) } else { Answer { drip: Some(Duration::from_millis(50)), ..whole(asked) } }
+            },
             "is too slow: ",
         ),
         (
@@ -290,10 +292,9 @@ async fn each_fault_of_a_server_is_a_line_that_names_it() {
 #[tokio::test]
 async fn a_file_at_an_address_of_its_own_is_fetched_and_no_secret_is_shown() {
     let folder = tempfile::tempdir().unwrap();
-    let server = TestServer::start(|asked, n| {
-        if n == 0 { Answer::new(403) } else { Answer::file(asked, &content(), TAG) }
-    })
-    .await;
+    let server =
+        TestServer::start(|asked, n| if n == 0 { Answer::new(403) } else { Answer::file(asked, &content(), TAG) })
+            .await;
     let url = format!("{}/m.gguf?key=secret", server.url.replace("http://", "http://user:pw@"));
     let model = CatalogModel { sources: vec![SourceSpec::Https { url }], ..hub_model(&[]) };
     let store = store(folder.path(), &server);
@@ -302,7 +303,8 @@ async fn a_file_at_an_address_of_its_own_is_fetched_and_no_secret_is_shown() {
     ensure(&store, &model).await.unwrap();
     // A name of the public Internet that leads to an address here is not what somebody typed.
     let url = "https://10.0.0.1.example.invalid/m".into();
-    let model = CatalogModel { sources: vec![SourceSpec::Https { url }], digest: ModelDigest([1; 32]), ..hub_model(&[]) };
+    let model =
+        CatalogModel { sources: vec![SourceSpec::Https { url }], digest: ModelDigest([1; 32]), ..hub_model(&[]) };
     assert!(failure(ensure(&store, &model).await).contains("cannot be reached"));
 }
 

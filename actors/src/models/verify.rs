@@ -186,15 +186,19 @@ mod tests {
         fs::write(store.path_of(&bad), b"devil").unwrap();
         // What is remembered does not count.
         store.remember(&store.path_of(&bad), bad);
-        let verify = async |name| store.verify(name, &|_, _, _| (), &CancellationToken::new()).await;
-        let error = verify(Some("other")).await.unwrap_err().to_string();
+        let verify =
+            async |name: Option<String>| store.verify(name.as_deref(), &|_, _, _| (), &CancellationToken::new()).await;
+        let error = verify(Some("other".into())).await.unwrap_err().to_string();
         assert!(error.contains("`other`") && error.contains(&good.to_string()), "{error}");
-        assert_eq!(verify(Some(&good.to_string())).await.unwrap()[0].verdict, Verdict::Good);
+        assert_eq!(verify(Some(good.to_string())).await.unwrap()[0].verdict, Verdict::Good);
         let verified = verify(None).await.unwrap();
         assert_eq!(verified.len(), 2);
         let file = verified.iter().find(|file| file.digest == bad).unwrap();
         let Verdict::Corrupt { got, moved_to, .. } = &file.verdict else { panic!("{file:?}") };
-        assert_eq!((*got, fs::read(moved_to).unwrap()), (ModelDigest(Sha256::digest(b"devil").into()), b"devil".to_vec()));
+        assert_eq!(
+            (*got, fs::read(moved_to).unwrap()),
+            (ModelDigest(Sha256::digest(b"devil").into()), b"devil".to_vec())
+        );
         assert!(!store.path_of(&bad).exists());
         assert_eq!(verify(None).await.unwrap().len(), 1);
     }

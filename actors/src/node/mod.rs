@@ -309,7 +309,7 @@ fn cluster_service(
 ) -> Service {
     let options = options.clone();
     let starts = Arc::new(starts);
-    let share = Arc::new(FileShare::new(options.model_cache.clone()));
+    let share = Arc::new(FileShare::new(options.model_cache.clone(), workers.clone()));
     Service::new("cluster", move |cancel| {
         let (options, endpoint, current) = (options.clone(), endpoint.clone(), current.clone());
         let (workers, rejoin, starts, share) = (workers.clone(), rejoin.clone(), starts.clone(), share.clone());

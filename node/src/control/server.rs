@@ -179,7 +179,9 @@ async fn answer(node: Arc<Node>, request: Request) -> Reply {
                 Ok(shown) => Reply::Parameters(shown),
                 Err(why) => Reply::Error(why),
             },
-            Request::Chat { .. } | Request::SetParameters { .. } | Request::VerifyModels { .. } => Reply::Error("that is answered elsewhere".into()),
+            Request::Chat { .. } | Request::SetParameters { .. } | Request::VerifyModels { .. } => {
+                Reply::Error("that is answered elsewhere".into())
+            }
         }
     });
     match tokio::time::timeout(deadline, work).await {

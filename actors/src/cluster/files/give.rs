@@ -102,6 +102,7 @@ async fn give_chunk(share: &FileShare, request: ChunkRequest, send: &mut SendStr
     let length = bytes.len() as u32;
     write_body_in(Version::OF_FILES, send, &ChunkFollows { length }).await?;
     for piece in bytes.chunks(PIECE) {
+        share.pace(piece.len()).await;
         let written = timeout(PIECE_DEADLINE, send.write_all(piece)).await.map_err(|_| FrameError::Ended)?;
         written.map_err(std::io::Error::from)?;
     }
