@@ -85,7 +85,7 @@ struct Swarm<'a> {
 
 impl Fetch<'_> {
     /// Copies the file from machines that have it. `Ok(None)` where there are none.
-    pub(super) async fn from_holders(&self, holders: &dyn Holders) -> Result<Option<PathBuf>, SourceError> {
+    pub(super) async fn copy_from(&self, holders: &dyn Holders) -> Result<Option<PathBuf>, SourceError> {
         holders.settled(&self.model.digest).await;
         if holders.of(&self.model.digest).is_empty() {
             return Ok(None);

@@ -322,7 +322,7 @@ impl ModelStore {
             }
         }
         if let Some(holders) = &self.holders {
-            match fetch.from_holders(holders.as_ref()).await {
+            match fetch.copy_from(holders.as_ref()).await {
                 Ok(Some(path)) => return Ok(path),
                 Ok(None) => {}
                 Err(error) => {
