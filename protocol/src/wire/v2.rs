@@ -33,7 +33,7 @@ frames! {
     0x03 NotWelcome at_most 4 * KIB;
     0x04 Goodbye at_most 4 * KIB;
     0x05 NodeFacts at_most 256 * KIB;
-    0x06 HeldFiles at_most 16 * KIB;
+    0x07 HeldFiles at_most 16 * KIB;
     0x10 Request at_most 16 * MIB;
     0x11 Accepted at_most 4 * KIB;
     0x12 Refused at_most 16 * KIB;
