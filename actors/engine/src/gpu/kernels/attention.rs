@@ -242,6 +242,7 @@ pub(crate) fn attend<E: Float>(
                 }
             }
         }
+        #[allow(clippy::collapsible_if, reason = "the outer one is decided when the kernel is built")]
         if comptime!(several) {
             if unit == 0usize {
                 let to = ((row * heads + head) * CUBE_COUNT_Z as usize + part) * comptime!(size + 2);
