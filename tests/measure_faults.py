@@ -258,7 +258,8 @@ def rolling(ingle: Path) -> list[dict]:
 
 def ingresses(ingle: Path) -> list[dict]:
     with Stage() as stage:
-        _, gates = cluster(stage, ingle, 1, "echo", 3)
+        # One alone would be full at this rate.
+        _, gates = cluster(stage, ingle, 2, "echo", 3)
         port = free_port()
         config = (Path(__file__).parent.parent / "configs" / "nginx.conf").read_text()
         for n, gate in enumerate(gates):
@@ -272,7 +273,7 @@ def ingresses(ingle: Path) -> list[dict]:
         def one(gate: Node):
             def act() -> None:
                 restart(gate)
-                gate.until_ready(1)
+                gate.until_ready(2)
             return act
         answers = asyncio.run(during(25, to, *((3 + 7 * n, one(gate)) for n, gate in enumerate(gates))))
         return [summary("three ingress nodes behind nginx restarted by SIGTERM", answers, undisturbed)]
