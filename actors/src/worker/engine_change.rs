@@ -222,7 +222,7 @@ impl ModelWorker {
     /// Requests go to this engine from now on.
     fn take_over(&self, next: &mut Life) {
         let mut status = self.status();
-        status.generation = next.generation;
+        (status.generation, status.pid) = (next.generation, next.child.pid());
         (status.route, status.room) = (Some(next.route.clone()), Some(next.room));
         status.report = next.report.take();
         status.reported_at = Some(Instant::now());
