@@ -24,6 +24,8 @@ const ELSEWHERE: Duration = Duration::from_secs(5);
 const KNOCK_AGAIN: Duration = Duration::from_secs(3);
 /// How long it may take to say that it does.
 const KNOCK_DEADLINE: Duration = Duration::from_secs(5);
+/// How long another node may take to begin to load a model: one that is being drained does not.
+const PATIENCE: Duration = Duration::from_secs(15);
 /// Models whose loading elsewhere was asked for, that are remembered.
 const MOST_KNOCKS: usize = 256;
 
@@ -100,6 +102,7 @@ impl Router {
             return Err(later(why, eta));
         };
         let mut changes = self.workers.changes();
+        let mut under_way = Instant::now();
         loop {
             changes.mark_unchanged();
             let offers = self.offers();
@@ -107,7 +110,12 @@ impl Router {
                 return Ok(offers);
             }
             let now = Instant::now();
-            let Some(eta) = self.coming(&offers, name) else {
+            let mut named = offers.iter().filter(|offer| offer.facts.name == name);
+            if named.any(|offer| offer.local || is_coming(&offer.facts.state)) {
+                under_way = now;
+            }
+            let coming = self.coming(&offers, name).filter(|_| now.duration_since(under_way) < PATIENCE);
+            let Some(eta) = coming else {
                 return Err(choice::nobody(&offers, &self.engines, name, self.now()));
             };
             if now + eta > deadline {

@@ -7,6 +7,11 @@ use crate::gateway::DEFAULT_MODEL;
 use crate::worker::manager::{LoadError, LoadRequest, Loading, ModelManager, SeenModel};
 
 impl Node {
+    /// This node's name.
+    pub fn name(&self) -> &str {
+        &self.options.name
+    }
+
     /// Who keeps this node's models.
     pub fn manager(&self) -> &ModelManager {
         &self.models

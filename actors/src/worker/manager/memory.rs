@@ -9,6 +9,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use ingle_engine::{MemoryNeed, available_memory, memory_need, memory_need_of_echo};
 use ingle_protocol::memory::{Memory, Need, Plan, Resident, Stays, plan};
+use ingle_protocol::wire::v2::ModelState;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
@@ -148,7 +149,13 @@ fn residents(manager: &ModelManager, coming: &str) -> (Vec<String>, Vec<Resident
     let mut residents = Vec::new();
     for (model, worker, is_current) in manager.engines() {
         let Some(promised) = manager.ledger.of(worker.index()) else { continue };
-        let pid = worker.status().pid;
+        let (pid, has_failed) = {
+            let status = worker.status();
+            (status.pid, matches!(status.state, ModelState::Failed { .. }))
+        };
+        if has_failed {
+            continue;
+        }
         let idle = match worker.idle_for() {
             _ if !is_current => Err(Stays::Busy),
             _ if model.name == coming => Ok(std::time::Duration::ZERO),
