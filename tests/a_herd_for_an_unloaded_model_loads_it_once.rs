@@ -20,13 +20,15 @@ async fn a_herd_for_an_unloaded_model_loads_it_once() {
 
     let mut body = echo("hello herd");
     (body["model"], body["max_tokens"]) = ("herd".into(), 10.into());
+    // One for all: making one takes longer than a server waits for a request's head, where there are 500.
+    let client = client();
     let asking: Vec<_> = (0..500)
         .map(|number| {
             // Most at the machine itself, some at another one, which has it load the model there.
             let url = if number % 10 == 0 { &mini } else { &tower }.url("/v1/chat/completions");
-            let body = body.clone();
+            let (client, body) = (client.clone(), body.clone());
             tokio::spawn(async move {
-                let answer = client().post(url).json(&body).send().await.unwrap();
+                let answer = client.post(url).json(&body).send().await.unwrap();
                 let (status, told) = (answer.status().as_u16(), answer.headers().contains_key("retry-after"));
                 let body: Value = answer.json().await.unwrap();
                 match status {

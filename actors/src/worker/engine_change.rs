@@ -333,7 +333,7 @@ async fn until_idle(route: &Arc<Route>, order: &Order) -> bool {
         loop {
             let open = route.open();
             if open > 0 {
-                order.say(format!("Waiting for {} to end; new requests are turned away.", answers(open)));
+                order.say(format!("Waiting for {} to end; new requests wait.", answers(open)));
             }
             if timeout(SAY_AGAIN, route.idle()).await.is_ok() {
                 return;

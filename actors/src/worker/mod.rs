@@ -8,6 +8,7 @@ pub mod engine_process;
 mod forecast;
 
 pub mod manager;
+mod model_use;
 mod model_worker;
 mod order;
 mod route;

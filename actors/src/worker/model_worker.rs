@@ -6,21 +6,18 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v2::{EnginePulse, EngineReport, ModelFacts, ModelState, RefusalKind, Request};
-use ingle_protocol::{EngineId, ModelDigest, NodeId};
+use ingle_protocol::ModelDigest;
+use ingle_protocol::wire::v2::{EngineReport, ModelState};
 use sha2::{Digest, Sha256};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::child_engine;
+use super::Workers;
 use super::forecast::Forecast;
 use super::order::{ChangeRequest, Order, Said};
 use super::route::{Route, Uses};
-use super::{Worker, Workers, loading, refused};
 use crate::models::{ModelStore, default_model};
 use crate::node::{
     DeviceKind, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError, ParameterFile,
@@ -33,15 +30,8 @@ const ECHO_NAME: &str = "echo";
 const FETCH_PAUSE: Duration = Duration::from_secs(60);
 /// Changes that are handed over at a time: there is one in all.
 const ORDERS: usize = 1;
-/// Where there was no room for it, a request may have it look again after this long.
-const NO_ROOM_PAUSE: Duration = Duration::from_secs(3);
 /// How long an engine that is no longer wanted may take to end before it is killed.
 const END_GRACE: Duration = Duration::from_secs(3);
-
-/// How long requests may be on their way that were sent before their sender knew that another worker has taken over.
-const LATE: Duration = Duration::from_secs(1);
-/// How long answers that were cut off have to say so.
-const CUT_OFF_GRACE: Duration = Duration::from_millis(500);
 
 /// Who knows what else is in this machine's memory.
 pub trait Room: std::fmt::Debug + Send + Sync {
@@ -112,7 +102,7 @@ pub struct ModelWorker {
     pub(super) options: WorkerOptions,
     pub(super) workers: Arc<Workers>,
     status: Mutex<Status>,
-    state: watch::Sender<ModelState>,
+    pub(super) state: watch::Sender<ModelState>,
     problem: Mutex<Option<String>>,
     orders: mpsc::Sender<Order>,
     changing: Arc<Semaphore>,
@@ -122,12 +112,12 @@ pub struct ModelWorker {
     pub(super) generations: AtomicU32,
     pub(super) uses: Arc<Uses>,
     /// Somebody waits for it.
-    wanted: AtomicBool,
-    wake: Notify,
+    pub(super) wanted: AtomicBool,
+    pub(super) wake: Notify,
     /// When there was no room for it.
-    no_room: Mutex<Option<Instant>>,
+    pub(super) no_room: Mutex<Option<Instant>>,
     /// It finishes what it has and is not started again.
-    leaving: AtomicBool,
+    pub(super) leaving: AtomicBool,
 }
 
 /// The name of a model.
@@ -330,72 +320,6 @@ impl ModelWorker {
         Ok(())
     }
 
-    /// Returns when somebody waits for it.
-    pub(super) async fn until_wanted(&self) {
-        while !self.wanted.swap(false, Ordering::AcqRel) {
-            self.wake.notified().await;
-        }
-    }
-
-    /// It takes nothing new, finishes what it has and is not started again.
-    pub(super) fn is_leaving(&self) -> bool {
-        self.leaving.load(Ordering::Acquire)
-    }
-
-    /// Takes nothing new, lets answers finish within `limit`, then lets them move. `takes_late`: what was sent before
-    /// others knew is taken still, as where another one has taken over.
-    pub(super) async fn finish(&self, limit: Duration, takes_late: bool) {
-        self.leaving.store(true, Ordering::Release);
-        self.status().takes_late = takes_late;
-        if self.status().state == ModelState::Ready {
-            self.set_state(ModelState::Draining);
-        }
-        if takes_late {
-            tokio::time::sleep(limit.min(LATE)).await;
-        }
-        if tokio::time::timeout(limit, self.uses.idle()).await.is_err() {
-            self.status().takes_late = false;
-            self.uses.cut_off();
-            let _ = tokio::time::timeout(CUT_OFF_GRACE, self.uses.idle()).await;
-        }
-    }
-
-    /// Takes nothing new from now on, where it is ready and nobody uses it; else false, and nothing has changed.
-    pub(super) fn leave_if_idle(&self) -> bool {
-        {
-            let mut status = self.status();
-            // Requests are taken under this lock, so none can come in between.
-            if status.state != ModelState::Ready || self.uses.open() > 0 {
-                return false;
-            }
-            self.leaving.store(true, Ordering::Release);
-            status.state = ModelState::Draining;
-        }
-        self.state.send_replace(ModelState::Draining);
-        self.workers.note_change();
-        true
-    }
-
-    /// For how long nobody has used it, while it is ready.
-    pub(super) fn idle_for(&self) -> Option<Duration> {
-        let is_ready = self.status().state == ModelState::Ready;
-        self.uses.idle_for().filter(|_| is_ready)
-    }
-
-    /// Its file has another content now than what is loaded.
-    pub(super) async fn is_outdated(&self) -> bool {
-        let ModelChoice::File(path) = &self.options.choice else { return false };
-        let Ok(store) = ModelStore::open(&self.options.cache) else { return false };
-        let digest = self.status().digest;
-        store.local_file(path).await.is_ok_and(|file| digest.is_some_and(|digest| digest != file.digest))
-    }
-
-    /// How long until it is ready.
-    pub(super) fn ready_in(&self) -> Duration {
-        let status = self.status();
-        status.forecast.ready_in(&status.state, Instant::now())
-    }
-
     pub(super) async fn find_file(&self, cancel: &CancellationToken) -> Result<Option<PathBuf>, Trouble> {
         let store = || ModelStore::open(&self.options.cache).map_err(|error| Trouble::Fetching(error.to_string()));
         let catalog = match &self.options.choice {
@@ -421,81 +345,5 @@ impl ModelWorker {
         };
         self.status().digest = Some(found.0);
         Ok(Some(found.1))
-    }
-
-    fn engine_id(&self, own: NodeId, status: &Status) -> EngineId {
-        EngineId { node: own, index: self.options.index, generation: status.generation }
-    }
-}
-
-impl Worker for ModelWorker {
-    fn facts(&self, own: NodeId) -> ModelFacts {
-        let status = self.status();
-        let report = status.report.as_ref();
-        ModelFacts {
-            name: status.name.clone(),
-            digest: status.digest,
-            state: status.state.clone(),
-            engine: status.route.as_ref().map(|_| self.engine_id(own, &status)),
-            backend: report.map(|r| r.backend.clone()).unwrap_or_default(),
-            numerics: report.map(|r| r.numerics.clone()).unwrap_or_default(),
-            context_length: report.map_or(0, |r| r.context_length),
-            slots: report.map_or(status.values.batch_size, |r| r.slots),
-            features: report.map(|r| r.features.clone()).unwrap_or_default(),
-            // The echo engine is for tests: nobody gets it without asking for it by name.
-            is_default: self.options.is_default && !matches!(self.options.choice, ModelChoice::Echo),
-        }
-    }
-
-    fn pulse(&self, own: NodeId) -> Option<EnginePulse> {
-        let status = self.status();
-        let pulse = status.report.as_ref()?.pulse;
-        let silent = status.reported_at.map_or(Duration::ZERO, |at| at.elapsed());
-        let silent_ms = u32::try_from(silent.as_millis()).unwrap_or(u32::MAX);
-        Some(EnginePulse { engine: self.engine_id(own, &status), silent_ms, ..pulse })
-    }
-
-    fn submit(&self, request: Request) -> BoxFuture<'_, mpsc::Receiver<Answer>> {
-        // Held under the lock: an engine that is replaced gets no answer more from the moment on.
-        let (held, state) = {
-            let status = self.status();
-            let takes = match status.state {
-                ModelState::Ready => true,
-                ModelState::Draining => status.takes_late,
-                _ => false,
-            };
-            (status.route.as_ref().filter(|_| takes).map(Route::hold), status.state.clone())
-        };
-        async move {
-            match held {
-                Some(held) => child_engine::submit(held, &request).await,
-                // Who was sent here by a node that does not know better has it loaded as well.
-                None => match self.want() {
-                    Some(wait) => loading(&request.model, wait),
-                    None => refused(
-                        RefusalKind::Loading,
-                        format!("the model `{}` is not ready: {}", request.model, state.words()),
-                    ),
-                },
-            }
-        }
-        .boxed()
-    }
-
-    fn want(&self) -> Option<Duration> {
-        let state = self.status().state.clone();
-        match state {
-            ModelState::Ready => return Some(Duration::ZERO),
-            ModelState::Failed { .. } => {
-                let no_room = *self.no_room.lock().unwrap_or_else(PoisonError::into_inner);
-                // What failed for good fails again; room may have come.
-                no_room.filter(|at| at.elapsed() >= NO_ROOM_PAUSE)?;
-            }
-            _ => {}
-        }
-        // While it is on its way this changes nothing: it is forgotten when it is ready.
-        self.wanted.store(true, Ordering::Release);
-        self.wake.notify_one();
-        Some(self.ready_in())
     }
 }

@@ -220,7 +220,12 @@ impl Keeper {
                         None => return,
                     }
                 }
-                state = changed(&mut life.states) => life.tell_state(&state),
+                state = changed(&mut life.states) => {
+                    if state == ModelState::Ready {
+                        manager.remember(&self.model).await;
+                    }
+                    life.tell_state(&state);
+                }
                 state = async {
                     match &mut next {
                         Some(next) => changed(&mut next.states).await,
@@ -228,6 +233,9 @@ impl Keeper {
                     }
                 } => {
                     let Some(mut other) = next.take() else { continue };
+                    if state == ModelState::Ready {
+                        manager.remember(&self.model).await;
+                    }
                     other.tell_state(&state);
                     match state {
                         ModelState::Ready => life = self.move_to(other, Some(life)),

@@ -39,6 +39,8 @@ pub const MOST_MODELS: usize = 256;
 const ORDERS: usize = 8;
 /// How long the one who keeps a model may take to hear an order: it may be letting another version finish.
 const ORDER_DEADLINE: Duration = Duration::from_secs(30);
+/// An order that cannot be carried out now is given again after this long.
+const ORDER_AGAIN: Duration = Duration::from_millis(200);
 /// How long making room may take, others' answers included.
 const PLANNING_DEADLINE: Duration = Duration::from_secs(900);
 /// What comes on top of the limit of an unload.
@@ -70,6 +72,8 @@ pub struct ManagerOptions {
 struct Model {
     name: String,
     is_default: bool,
+    /// It was ready once: only what works is kept.
+    worked: AtomicBool,
     spec: Mutex<ModelSpec>,
     current: Mutex<Arc<ModelWorker>>,
     orders: mpsc::Sender<Order>,
@@ -167,7 +171,7 @@ impl ModelManager {
             room: room.clone(),
         });
         for spec in own.into_iter().chain(specs) {
-            manager.add(spec)?;
+            manager.add(spec)?.worked.store(true, Ordering::Release);
         }
         Ok(manager)
     }
@@ -237,10 +241,20 @@ impl ModelManager {
             Some(model) => model,
             None => self.add(spec.clone())?,
         };
-        let (begun, began) = oneshot::channel();
-        let busy = || LoadError::Busy(name.clone());
-        model.orders.try_send(Order::Load { spec, begun }).map_err(|_| busy())?;
-        let begun = timeout(ORDER_DEADLINE, began).await.map_err(|_| busy())?.map_err(|_| busy())?;
+        let begin = async {
+            loop {
+                let (begun, began) = oneshot::channel();
+                let order = Order::Load { spec: spec.clone(), begun };
+                if model.orders.try_send(order).is_ok()
+                    && let Ok(begun) = began.await
+                {
+                    return begun;
+                }
+                // Another version of it is on its way, or older ones are finishing their answers.
+                tokio::time::sleep(ORDER_AGAIN).await;
+            }
+        };
+        let begun = timeout(ORDER_DEADLINE, begin).await.map_err(|_| LoadError::Busy(name.clone()))?;
         // On disk before anybody is told that it will be there again.
         self.keep_known().await?;
         Ok(Loading { name, begun })
@@ -312,6 +326,7 @@ impl ModelManager {
         let model = Arc::new(Model {
             is_default: self.own.as_deref() == Some(name.as_str()),
             name: name.clone(),
+            worked: AtomicBool::new(false),
             spec: Mutex::new(spec),
             current: Mutex::new(worker.clone()),
             orders,
@@ -387,10 +402,22 @@ impl ModelManager {
         engines.into_iter().filter_map(with_model).collect()
     }
 
+    /// The model works: it is known from now on, also after a restart.
+    async fn remember(&self, model: &Model) {
+        if !model.worked.swap(true, Ordering::AcqRel)
+            && let Err(error) = self.keep_known().await
+        {
+            tracing::error!(model = model.name, %error, "it will not be known after a restart");
+        }
+    }
+
     async fn keep_known(&self) -> Result<(), LoadError> {
         let _writing = self.writing.lock().await;
-        let own = self.own.clone();
-        let known: Vec<ModelSpec> = self.specs().into_iter().filter(|spec| Some(&spec.name) != own.as_ref()).collect();
+        let known: Vec<ModelSpec> = {
+            let models = self.models();
+            let kept = models.values().filter(|model| !model.is_default && model.worked.load(Ordering::Acquire));
+            kept.map(|model| model.spec()).collect()
+        };
         let file = self.known.clone();
         // fsync takes its time, and tasks that pulse must not wait for it.
         let storing = tokio::task::spawn_blocking(move || file.store(&known));
