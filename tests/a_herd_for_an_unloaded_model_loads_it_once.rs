@@ -50,6 +50,14 @@ async fn a_herd_for_an_unloaded_model_loads_it_once() {
     // Its own model, the first load, and the herd's.
     assert_eq!(started, 3, "one load for all");
     assert_eq!(tower.engines().len(), 2);
+
+    // A machine that was restarted knows it still, and loads it for whoever asks anywhere.
+    tower.stop().await;
+    tower.up().await;
+    assert_eq!(tower.engines().len(), 1);
+    mini.until_alive(&[&tower]).await;
+    assert_eq!(mini.ask_until_known(&body).await.text(), "hello herd");
+    assert_eq!(tower.engines().len(), 2);
 }
 
 #[tokio::test]
@@ -64,4 +72,21 @@ async fn a_stream_that_waits_for_its_model_sees_that_it_lives() {
     let streamed = tower.stream_when_ready(&ask).await.rest().await;
     assert!(streamed.done, "{streamed:?}");
     assert_eq!(tower.ask(&ask).await.status, 200);
+}
+
+#[tokio::test]
+async fn who_cannot_wait_so_long_is_told_when_it_will_be_there() {
+    let settings = "[model]\nuse = \"none\"\n[http]\nrequest_timeout = \"800ms\"\n";
+    let mut tower = Machine::from_settings("tower").settings(settings);
+    tower.up().await;
+    tower.ingle(&["models", "load", "echo", "--name", "herd"]).await.ok();
+    tower.ingle(&["models", "unload", "herd"]).await.ok();
+    let mut body = echo("hello herd");
+    body["model"] = "herd".into();
+    let told = tower.ask(&body).await;
+    told.is_not_now();
+    assert_eq!(told.code(), "model_loading");
+    assert!(told.message().contains("is being loaded and will be there in about 1 s"), "{}", told.message());
+    // It was loaded for that request all the same.
+    assert_eq!(tower.ask_until_answered(&body).await.text(), "hello herd");
 }

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use crate::harness::*;
 
@@ -73,4 +74,34 @@ async fn a_new_version_takes_over_without_a_failed_request() {
     let bad = tower.ingle(&["models", "load", fixture("bert_cls.gguf").to_str().unwrap(), "--name", "tiny"]).await;
     assert!(!bad.fails_with(1).is_empty());
     assert_eq!(tower.ask(&ask(12)).await.text(), second);
+}
+
+#[tokio::test]
+async fn where_memory_holds_only_one_the_old_one_finishes_first_and_streams_see_that_they_wait() {
+    // Room for one engine of some 100 MiB.
+    let mut tower = Machine::from_settings("tower").settings("[model]\nuse = \"none\"\nmemory_mib = 150\n");
+    tower.up().await;
+    tower.ingle(&["models", "load", "echo", "--name", "tiny"]).await.ok();
+    let mut long = echo("repeat 50 every 20ms: hello ");
+    long["model"] = "tiny".into();
+    let running = tower.stream(&long).await.begun().await;
+    let file = fixture("llama3.gguf");
+    let load = ["models", "load", file.to_str().unwrap(), "--name", "tiny"];
+    let loading = tower.ingle(&load);
+    let meanwhile = async {
+        until("the old one goes", async || (tower.processes().await["tiny"]["state"] == "draining").then_some(()))
+            .await;
+        // The stream begins before there is a model: its client is told that the connection lives.
+        let question = ask(6);
+        let waits = async { (tower.stream_when_ready(&question).await, Instant::now()) };
+        let finishes = async { (running.rest().await, Instant::now()) };
+        let ((waits, began), (running, finished)) = tokio::join!(waits, finishes);
+        assert!(began < finished, "nothing was heard until the old one had finished");
+        running.is_whole(&"hello ".repeat(50));
+        let answer = waits.rest().await;
+        assert!(answer.done && !answer.text.is_empty(), "{answer:?}");
+    };
+    let (loaded, ()) = tokio::join!(loading, meanwhile);
+    loaded.ok();
+    assert_eq!(tower.engines().len(), 1);
 }

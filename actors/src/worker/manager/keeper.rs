@@ -105,6 +105,13 @@ impl Life {
     }
 }
 
+impl Drop for Life {
+    fn drop(&mut self) {
+        // Also where its keeper broke: nobody else would end it.
+        self.stop.cancel();
+    }
+}
+
 /// The next state; never where there is none any more.
 async fn changed(states: &mut watch::Receiver<ModelState>) -> ModelState {
     match states.changed().await {
@@ -166,13 +173,13 @@ impl Keeper {
     /// While it is not loaded it becomes something else without further ado.
     fn become_other(&self, spec: ModelSpec) {
         let before = self.model.current();
-        let is_same = self.model.spec().choice == spec.choice;
-        self.model.set_spec(spec.clone());
-        if is_same {
+        if self.model.spec().choice == spec.choice {
+            self.model.set_spec(spec);
             return;
         }
         match self.manager.worker(&spec) {
             Ok(worker) => {
+                self.model.set_spec(spec);
                 self.manager.workers.add(worker.clone());
                 self.model.set_current(worker);
                 self.manager.remove_worker(before);
