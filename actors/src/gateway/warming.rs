@@ -72,19 +72,24 @@ impl Router {
     /// How long until somebody will probably answer for the model; `None` where waiting is of no use. A model of this
     /// node is loaded for it.
     pub fn coming(&self, offers: &[Offer], name: &str) -> Option<Duration> {
+        self.here(offers, name).into_iter().chain(Self::elsewhere(offers, name)).min()
+    }
+
+    /// As [`Self::coming`], elsewhere.
+    fn elsewhere(offers: &[Offer], name: &str) -> Option<Duration> {
         let others = offers.iter().filter(|offer| offer.facts.name == name && !offer.local);
         let others = others.filter(|offer| offer.health == Health::Alive && offer.link.is_some());
-        let elsewhere = others
-            .filter(|offer| is_coming(&offer.facts.state) || is_loadable(&offer.facts.state))
-            .map(|_| ELSEWHERE)
-            .min();
+        others.filter(|offer| is_coming(&offer.facts.state) || is_loadable(&offer.facts.state)).map(|_| ELSEWHERE).min()
+    }
+
+    /// As [`Self::coming`], on this node.
+    fn here(&self, offers: &[Offer], name: &str) -> Option<Duration> {
         // Where another node is at it already, it is not loaded here as well.
         let is_under_way = offers.iter().any(|offer| {
             offer.facts.name == name && !offer.local && offer.health == Health::Alive && is_coming(&offer.facts.state)
         });
         let is_here = offers.iter().any(|offer| offer.local && offer.facts.name == name);
-        let here = (is_here && !is_under_way).then(|| self.workers.want(name)).flatten();
-        here.into_iter().chain(elsewhere).min()
+        (is_here && !is_under_way).then(|| self.workers.want(name)).flatten()
     }
 
     /// Returns what is offered when somebody can answer for the model. Past the deadline, or where that will be before
@@ -110,12 +115,13 @@ impl Router {
                 return Ok(offers);
             }
             let now = Instant::now();
+            let here = self.here(&offers, name);
             let mut named = offers.iter().filter(|offer| offer.facts.name == name);
-            if named.any(|offer| offer.local || is_coming(&offer.facts.state)) {
+            if here.is_some() || named.any(|offer| is_coming(&offer.facts.state)) {
                 under_way = now;
             }
-            let coming = self.coming(&offers, name).filter(|_| now.duration_since(under_way) < PATIENCE);
-            let Some(eta) = coming else {
+            let coming = here.into_iter().chain(Self::elsewhere(&offers, name)).min();
+            let Some(eta) = coming.filter(|_| now.duration_since(under_way) < PATIENCE) else {
                 return Err(choice::nobody(&offers, &self.engines, name, self.now()));
             };
             if now + eta > deadline {
@@ -129,7 +135,9 @@ impl Router {
                 );
                 return Err(later(why, eta));
             }
-            self.knock(request, &offers).await;
+            if here.is_none() {
+                self.knock(request, &offers).await;
+            }
             // A change is seen at once; other nodes' news has no event.
             let _ = timeout(LOOK_AGAIN, changes.changed()).await;
         }
@@ -139,10 +147,11 @@ impl Router {
     async fn knock(&self, request: &Request, offers: &[Offer]) {
         let name = request.model.as_str();
         let named = || offers.iter().filter(|offer| offer.facts.name == name);
-        if named().any(|offer| offer.local || is_coming(&offer.facts.state)) {
+        if named().any(|offer| is_coming(&offer.facts.state)) {
             return;
         }
-        let loadable = |offer: &&Offer| is_loadable(&offer.facts.state) && offer.health == Health::Alive;
+        let loadable =
+            |offer: &&Offer| !offer.local && is_loadable(&offer.facts.state) && offer.health == Health::Alive;
         let Some((offer, link)) = named().filter(loadable).find_map(|offer| Some((offer, offer.link.as_ref()?))) else {
             return;
         };
