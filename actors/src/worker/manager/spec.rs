@@ -158,7 +158,7 @@ mod tests {
         assert_eq!((copy.choice, copy.pinned), (known[0].choice.clone(), false));
         assert!(matches!(of("tin", None), Err(LoadError::Unknown(_, near)) if near == ["tiny"]));
         assert!(matches!(of("../m.gguf", None), Err(LoadError::Unknown(..))));
-        for bad in ["", "default", "../x", "a b", "x\n", &"x".repeat(200)] {
+        for bad in ["", "default", "../x", "a b", "x\ny", &"x".repeat(200)] {
             assert!(matches!(of("echo", Some(bad)), Err(LoadError::Name(_))), "{bad}");
         }
         let spec = LoadRequest { pinned: Some(false), keep_alive_s: Some(9), ..asked("tiny", None) };
