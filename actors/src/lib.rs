@@ -10,8 +10,9 @@
 //!  │   ├─ a link for each peer        membership · control · pulse · inference streams on one connection
 //!  │   └── NodeServer (ractor_cluster)  sessions over our QUIC streams
 //!  │       └── ControlActor           one per node, known to all peers: commands and signs of life
-//!  ├── ServiceActor "model"           model file → engine process → restart budget of its own
-//!  │   └─ engine process              `ingle engine`, its own process: dies alone
+//!  ├── ServiceActor "models"          a keeper for each model: loads it when it is wanted, lets it go when it is not
+//!  │   └─ ModelWorker …               model file → engine process → restart budget of its own
+//!  │      └─ engine process           `ingle engine`, its own process: dies alone
 //!  ├── ServiceActor "endpoint" …      one for each server elsewhere that answers: asks it how it is
 //!  └── ServiceActor "monitor"         what the workers are, told to the mesh
 //! ```

@@ -6,6 +6,7 @@
 pub mod admission;
 pub mod ids;
 pub mod liveness;
+pub mod memory;
 pub mod names;
 pub mod prefix;
 pub mod raw_json;

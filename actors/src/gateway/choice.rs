@@ -217,7 +217,10 @@ fn candidate(offer: &Offer, id: EngineId, engine: &Engine, wanted: &Wanted) -> C
 /// What the workers of a model can take together.
 pub(super) fn limits(offers: &[Offer], name: &str, options: &AdmissionOptions) -> Limits {
     let (mut in_flight, mut tokens, mut rate) = (0u32, 0u64, 0f64);
-    for offer in offers.iter().filter(|offer| offer.facts.name == name && offer.can_answer()) {
+    let named = || offers.iter().filter(|offer| offer.facts.name == name);
+    // Who waits at the door when its model goes is let through, to have it loaded again.
+    let is_cold = !named().any(Offer::can_answer);
+    for offer in named().filter(|offer| offer.can_answer() || (is_cold && offer.local)) {
         let slots = offer.facts.slots.max(1);
         // A few more than there are slots, so that no slot is empty while the next request is on its way.
         in_flight = in_flight.saturating_add(slots + (slots / 4).max(1));

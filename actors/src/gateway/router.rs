@@ -26,6 +26,7 @@ use super::engines::Engines;
 use super::flight::{Flight, Step};
 use super::journal::{Journal, RequestRecord};
 use super::offers::{Offer, default_name};
+use super::warming::{Warming, is_cold};
 use super::{ChatRequest, GatewayError, OfferedModel, Reply};
 use crate::cluster::Mesh;
 use crate::monitor::{Latencies, Outcome, request_span};
@@ -49,6 +50,7 @@ pub(super) struct Router {
     pub workers: Arc<Workers>,
     pub engines: Engines,
     admission: Arc<Admission>,
+    pub warming: Warming,
     options: AdmissionOptions,
     retries: Mutex<RetryBudget>,
     usual: Mutex<HashMap<String, Usual>>,
@@ -162,7 +164,7 @@ impl Router {
     }
 
     /// What a request needs of the workers, before anybody has counted its tokens.
-    fn wanted(&self, request: &Request, offers: &[Offer]) -> Option<Wanted> {
+    pub fn wanted(&self, request: &Request, offers: &[Offer]) -> Option<Wanted> {
         let digest = choice::digest_of(offers, &request.model)?;
         let usual = {
             let usual = self.usual.lock().unwrap_or_else(PoisonError::into_inner);
@@ -220,6 +222,7 @@ impl Gateway {
             workers,
             engines: Engines::default(),
             admission: Arc::default(),
+            warming: Warming::new(options.queued),
             options,
             retries: Mutex::default(),
             usual: Mutex::default(),
@@ -314,6 +317,13 @@ impl Gateway {
         models
     }
 
+    /// Nobody can answer for the model now, but somebody will: whoever asks for it waits.
+    pub fn is_waited_for(&self, model: &str) -> bool {
+        let offers = self.0.offers();
+        choice::resolve(&offers, model)
+            .is_ok_and(|name| is_cold(&offers, &name) && self.0.coming(&offers, &name).is_some())
+    }
+
     /// Waits for its turn, sends the request to the best worker and returns when its answer has begun.
     pub async fn chat(&self, chat: ChatRequest) -> Result<Reply, GatewayError> {
         let began = Instant::now();
@@ -335,8 +345,8 @@ impl Gateway {
         };
         let span = request_span("route", &request);
         async {
-            let offers = self.0.offers();
-            request.model = choice::resolve(&offers, &request.model)?;
+            request.model = choice::resolve(&self.0.offers(), &request.model)?;
+            let offers = self.0.warm_up(&request, deadline).await?;
             self.0.retries.lock().unwrap_or_else(PoisonError::into_inner).request(self.0.now());
             let nobody = || choice::nobody(&offers, &self.0.engines, &request.model, self.0.now());
             let wanted = self.0.wanted(&request, &offers).ok_or_else(nobody)?;

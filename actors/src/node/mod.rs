@@ -1,6 +1,7 @@
 //! One node, put together: read it top to bottom.
 
 mod joining;
+mod models;
 mod options;
 mod parameter_file;
 mod parameters;
@@ -34,9 +35,11 @@ use crate::models::ClientError;
 use crate::monitor::ClusterStatus;
 use crate::platform::{FileLock, create_private_dir, hardware};
 use crate::supervisor::{Service, Supervision};
-use crate::worker::{EndpointWorker, ModelWorker, WorkerOptions, Workers};
+use crate::worker::manager::{LoadError, ManagerOptions, ModelManager};
+use crate::worker::{EndpointWorker, Worker, Workers};
 use joining::{join_cluster, mint};
-use state_dir::{check_model_file, load_or_found, open_state_dir, quic_error, state_dir_error};
+pub(crate) use state_dir::check_model_file;
+use state_dir::{load_or_found, open_state_dir, quic_error, state_dir_error};
 
 /// A running node.
 #[derive(Debug)]
@@ -44,7 +47,7 @@ pub struct Node {
     options: NodeOptions,
     mesh: Arc<ArcSwapOption<Mesh>>,
     workers: Arc<Workers>,
-    model: Option<Arc<ModelWorker>>,
+    models: Arc<ModelManager>,
     endpoints: Vec<Arc<EndpointWorker>>,
     gateway: Gateway,
     supervision: Supervision,
@@ -74,16 +77,9 @@ impl Node {
         let endpoint = cluster::bind(options.quic).map_err(|error| quic_error(options.quic, &error))?;
 
         let workers = Arc::new(Workers::default());
-        let model = match options.model.clone() {
-            Some(choice) => {
-                let worker = ModelWorker::new(worker_options(&options, choice)?, workers.clone())
-                    .map_err(|error| StartError::Other(error.to_string()))?;
-                workers.add(worker.clone());
-                Some(worker)
-            }
-            None => None,
-        };
-        // The node's own engine is number 0.
+        let models = ModelManager::new(manager_options(&options), workers.clone())
+            .map_err(|error: LoadError| StartError::Other(error.to_string()))?;
+        // The model of the configuration is number 0, the others come behind the endpoints.
         let endpoints = (1..).zip(&options.endpoints).map(|(index, endpoint)| {
             let worker = EndpointWorker::new(endpoint.clone(), index, workers.clone())?;
             workers.add(worker.clone());
@@ -104,10 +100,8 @@ impl Node {
             cluster_service(&options, endpoint, mesh.clone(), workers.clone(), rejoin.clone(), starts),
             facts_service(mesh.clone(), workers.clone()),
         ];
-        if let Some(worker) = &model {
-            let worker = worker.clone();
-            services.push(Service::new("model", move |cancel| worker.clone().run(cancel)));
-        }
+        let keeping = models.clone();
+        services.push(Service::new("models", move |cancel| keeping.clone().run(cancel)));
         for worker in &endpoints {
             let worker = worker.clone();
             services.push(Service::new("endpoint", move |cancel| worker.clone().run(cancel)));
@@ -126,7 +120,7 @@ impl Node {
             options,
             mesh,
             workers,
-            model,
+            models,
             endpoints,
             gateway,
             supervision,
@@ -148,6 +142,11 @@ impl Node {
         self.gateway.chat(request).await
     }
 
+    /// Nobody can answer for the model now, but somebody will: whoever asks for it waits.
+    pub fn is_waited_for(&self, model: &str) -> bool {
+        self.gateway.is_waited_for(model)
+    }
+
     /// All models that the cluster knows, ready or not, the default one first.
     pub fn models(&self) -> Vec<OfferedModel> {
         self.gateway.models()
@@ -165,7 +164,7 @@ impl Node {
         }
         status.waiting = self.gateway.waiting();
         status.problems = self.supervision.problems.list();
-        status.problems.extend(self.model.as_ref().and_then(|model| model.problem()));
+        status.problems.extend(self.models.problems());
         status.problems.extend(self.endpoints.iter().filter_map(|endpoint| endpoint.problem()));
         Ok(status)
     }
@@ -203,7 +202,7 @@ impl Node {
 
     /// The state of this node's own model with every change of it; `None` where it has no model.
     pub fn model_state(&self) -> Option<watch::Receiver<ModelState>> {
-        self.model.as_ref().map(|model| model.states())
+        self.models.own().map(|model| model.states())
     }
 
     /// The endpoints of this node.
@@ -213,8 +212,7 @@ impl Node {
 
     /// Name of this node's own model and what it runs on, as far as is known.
     pub fn own_model(&self) -> Option<(String, String)> {
-        self.model.as_ref()?;
-        let facts = self.workers.facts(NodeId::default()).into_iter().next()?;
+        let facts = self.models.own()?.facts(NodeId::default());
         Some((facts.name, facts.backend))
     }
 
@@ -269,17 +267,17 @@ impl Node {
     }
 }
 
-fn worker_options(options: &NodeOptions, choice: ModelChoice) -> Result<WorkerOptions, StartError> {
-    Ok(WorkerOptions {
-        parameters: setting::layers(&options.state_dir, &choice, &options.parameters)?,
-        parameter_file: ParameterFile::of(&options.state_dir),
+fn manager_options(options: &NodeOptions) -> ManagerOptions {
+    ManagerOptions {
+        state_dir: options.state_dir.clone(),
+        own: options.model.clone(),
+        parameters: options.parameters.clone(),
         device: options.device,
         cache: options.model_cache.clone(),
-        sockets: options.state_dir.join("run"),
-        index: 0,
+        memory: options.model_memory,
         environment: options.engine_environment.clone(),
-        choice,
-    })
+        first_index: u16::try_from(options.endpoints.len()).unwrap_or(u16::MAX / 2).saturating_add(1),
+    }
 }
 
 /// Runs the mesh; starts it anew when the identity on disk was replaced.

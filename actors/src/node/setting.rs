@@ -1,6 +1,7 @@
 //! Parameters of this node's model, shown and set, with a node that runs or without.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::state_dir::open_state_dir;
 use super::{
@@ -10,25 +11,30 @@ use crate::gateway::DEFAULT_MODEL;
 use crate::worker::{ChangeRequest, ModelWorker, Said, model_name_of};
 
 /// What the file and the commands say of a model.
-pub(super) fn layers(state_dir: &Path, choice: &ModelChoice, config: &GivenParameters) -> Result<Layers, StartError> {
+fn layers(state_dir: &Path, choice: &ModelChoice, config: &GivenParameters) -> Result<Layers, StartError> {
     let set = ParameterFile::of(state_dir).load(&model_name_of(choice));
     let set = set.map_err(|error| StartError::Other(error.to_string()))?;
     Ok(Layers { config: config.clone(), set })
 }
 
 impl Node {
-    fn model_named(&self, asked: &str) -> Result<&ModelWorker, String> {
-        let model = self.model.as_deref().ok_or_else(|| no_model(asked))?;
+    fn model_named(&self, asked: &str) -> Result<Arc<ModelWorker>, String> {
+        if asked != DEFAULT_MODEL
+            && let Some(model) = self.models.get(asked)
+        {
+            return Ok(model);
+        }
+        let model = self.models.own().ok_or_else(|| no_model(asked))?;
         check_name(asked, &model.name())?;
         Ok(model)
     }
 
-    /// The parameters of this node's own model; `default` means it as well.
+    /// The parameters of one of this node's models; `default` means the configuration's.
     pub fn parameters(&self, model: &str) -> Result<ShownParameters, String> {
         Ok(self.model_named(model)?.parameters())
     }
 
-    /// Changes parameters of this node's own model; returns when they hold. An error says why everything is as it
+    /// Changes parameters of one of this node's models; returns when they hold. An error says why everything is as it
     /// was.
     pub async fn set_parameters(&self, model: &str, request: ChangeRequest, said: Said) -> Result<Outcome, String> {
         if !self.is_accepting() {

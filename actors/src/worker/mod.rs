@@ -5,6 +5,10 @@ pub mod endpoint;
 mod engine_change;
 mod engine_life;
 pub mod engine_process;
+mod forecast;
+
+pub mod manager;
+mod model_use;
 mod model_worker;
 mod order;
 mod route;
@@ -25,7 +29,8 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::RemoteAnswers;
 
 pub use endpoint::{EndpointOptions, EndpointWorker};
-pub use model_worker::{ModelWorker, WorkerOptions, model_name_of};
+pub use manager::ModelManager;
+pub use model_worker::{ModelWorker, Room, WorkerOptions, model_name_of};
 pub use order::{ChangeRequest, Said};
 
 /// Frames of one answer that may wait for their reader. When it is full the sequence pauses.
@@ -41,6 +46,11 @@ pub trait Worker: Send + Sync + std::fmt::Debug {
     fn pulse(&self, own: NodeId) -> Option<EnginePulse>;
     /// Frames of the answer; the last one is always a last one. Dropping the receiver cancels.
     fn submit(&self, request: Request) -> BoxFuture<'_, mpsc::Receiver<Answer>>;
+    /// Somebody waits for it: it gets ready where it is not and can. How long that will probably take; `None` where
+    /// waiting is of no use.
+    fn want(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// The workers of this node.
@@ -74,6 +84,22 @@ impl Workers {
     pub fn add(&self, worker: Arc<dyn Worker>) {
         self.list.write().unwrap_or_else(PoisonError::into_inner).push(worker);
         self.note_change();
+    }
+
+    /// The worker has gone. Its answers go on to their end.
+    pub fn remove(&self, worker: &Arc<dyn Worker>) {
+        self.list.write().unwrap_or_else(PoisonError::into_inner).retain(|other| !Arc::ptr_eq(other, worker));
+        self.note_change();
+    }
+
+    /// Somebody waits for the model of this name. How long it will probably take; `None` where this node will not have
+    /// it.
+    pub fn want(&self, model: &str) -> Option<Duration> {
+        if self.is_draining() {
+            return None;
+        }
+        let named = |worker: &Arc<dyn Worker>| worker.facts(NodeId::default()).name == model;
+        self.all().iter().filter(|worker| named(worker)).filter_map(|worker| worker.want()).min()
     }
 
     fn all(&self) -> Vec<Arc<dyn Worker>> {
@@ -178,10 +204,16 @@ impl Workers {
             let facts = worker.facts(NodeId::default());
             let work = |load: Load| load.running.saturating_add(load.waiting);
             let busy = || worker.pulse(NodeId::default()).map_or(0, |pulse| work(pulse.load));
-            (facts.digest == Some(request.digest)).then(|| (facts.state != ModelState::Ready, busy()))
+            // Of one content under two names the one that is asked for goes first; a far server's names mean nothing.
+            let is_other = facts.name != request.model && !facts.is_endpoint();
+            (facts.digest == Some(request.digest)).then(|| (facts.state != ModelState::Ready, is_other, busy()))
         };
         let able = self.all().into_iter().filter_map(|worker| Some((load(&worker)?, worker)));
         let Some((_, worker)) = able.min_by_key(|(load, _)| *load) else {
+            // Nobody knows the content of a model before it was loaded for the first time.
+            if let Some(wait) = self.want(&request.model).filter(|wait| !wait.is_zero()) {
+                return loading(&request.model, wait).into();
+            }
             let message = format!("this node does not have {}", request.model);
             return refused(RefusalKind::UnknownModel, message).into();
         };
@@ -271,6 +303,16 @@ impl Drop for Running {
 fn shutting_down() -> Answer {
     let message = "the node shut down before the answer was complete".to_owned();
     Answer::Failed(Failed { kind: FailureKind::ShuttingDown, message, retryable: false, migratable: true })
+}
+
+/// The refusal of a model that is on its way.
+fn loading(model: &str, wait: Duration) -> mpsc::Receiver<Answer> {
+    only_refusal(Refused {
+        kind: RefusalKind::Loading,
+        message: format!("the model `{model}` is being loaded, which takes about {} s", wait.as_secs().max(1)),
+        param: None,
+        retry_after_ms: u64::try_from(wait.as_millis()).ok(),
+    })
 }
 
 /// An answer that is one refusal.

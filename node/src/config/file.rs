@@ -114,6 +114,8 @@ pub struct ModelPart {
     pub choice: String,
     /// What it computes on.
     pub device: DeviceKind,
+    /// Memory that all models together may take, in MiB; as much as there is where missing.
+    pub memory_mib: Option<u64>,
     /// Where model files are kept; `ingle/models` in the user's cache folder where missing.
     pub cache: Option<PathBuf>,
     /// What is given for the model.
@@ -122,7 +124,13 @@ pub struct ModelPart {
 
 impl Default for ModelPart {
     fn default() -> Self {
-        Self { choice: "default".into(), device: DeviceKind::Auto, cache: None, parameters: GivenParameters::default() }
+        Self {
+            choice: "default".into(),
+            device: DeviceKind::Auto,
+            memory_mib: None,
+            cache: None,
+            parameters: GivenParameters::default(),
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use ingle_actors::gateway::RequestRecord;
 use ingle_actors::monitor::ClusterStatus;
 use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, ShownParameters};
 use ingle_actors::protocol::RequestId;
+use ingle_actors::worker::manager::{LoadRequest, SeenModel};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -37,6 +38,22 @@ pub enum Request {
         /// Let it take work again instead.
         undo: bool,
     },
+    /// What is loaded on which node.
+    Loaded,
+    /// Load a model here.
+    Load(LoadRequest),
+    /// Unload a model here.
+    Unload {
+        /// Its name, or `default`.
+        model: String,
+        /// How long its answers may take to finish, in milliseconds.
+        limit_ms: u64,
+    },
+    /// Ask a model for one token.
+    TestModel {
+        /// Its name, or `default`.
+        model: String,
+    },
     /// The parameters of the node's own model.
     ShowParameters {
         /// The model's name, or `default`.
@@ -62,6 +79,15 @@ pub enum Request {
     },
 }
 
+/// The models of one node.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct LoadedOn {
+    /// The node's name.
+    pub node: String,
+    /// What it has and knows; of another node what it tells everybody.
+    pub models: Vec<SeenModel>,
+}
+
 /// What the node says.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -81,9 +107,34 @@ pub enum Reply {
         /// How many of them moved.
         moved: u32,
     },
+    /// To `Loaded`: this node first.
+    Loaded(Vec<LoadedOn>),
+    /// To `Load`: it is ready.
+    ModelReady {
+        /// Its name.
+        name: String,
+        /// The node's.
+        node: String,
+    },
+    /// To `Unload`: its process has ended.
+    Unloaded {
+        /// Bytes of memory that the process had.
+        freed: u64,
+    },
+    /// To `TestModel`: it answers.
+    Tested {
+        /// The node that answered.
+        node: String,
+        /// The model's full name.
+        model: String,
+        /// Tokens of the prompt.
+        prompt_tokens: u32,
+        /// Milliseconds until the first token.
+        ms: u64,
+    },
     /// To `ShowParameters`.
     Parameters(ShownParameters),
-    /// To `SetParameters`: how far it is, in words. One comes every few seconds.
+    /// To `SetParameters` and `Load`: how far it is, in words. One comes every few seconds.
     Progress(String),
     /// To `SetParameters`: they hold, and how that came.
     ParametersSet(Outcome),

@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::loading;
 use super::messages::{LineError, Reply, Request, read, write};
 use crate::ingress::{self, LOCAL_PRINCIPAL};
 
@@ -124,6 +125,18 @@ async fn serve(stream: LocalStream, node: &Arc<Node>, chat_deadline: Duration) -
                 () = left => Ok(()),
             }
         }
+        Request::Load(request) => tokio::select! {
+            result = loading::load(node, &request, &mut writer) => result,
+            // It goes on loading.
+            () = left => Ok(()),
+        },
+        Request::TestModel { model } => {
+            let request = chat_request("hello".into(), model, None, chat_deadline);
+            tokio::select! {
+                reply = loading::test(node, request) => write(&mut writer, &reply).await,
+                () = left => Ok(()),
+            }
+        }
         other => {
             let reply = answer(node.clone(), other).await;
             write(&mut writer, &reply).await
@@ -133,7 +146,9 @@ async fn serve(stream: LocalStream, node: &Arc<Node>, chat_deadline: Duration) -
 
 async fn answer(node: Arc<Node>, request: Request) -> Reply {
     let deadline = match &request {
-        Request::Drain { limit_ms, .. } => CHANGE_DEADLINE.saturating_add(Duration::from_millis(*limit_ms)),
+        Request::Drain { limit_ms, .. } | Request::Unload { limit_ms, .. } => {
+            CHANGE_DEADLINE.saturating_add(Duration::from_millis(*limit_ms))
+        }
         _ => CHANGE_DEADLINE,
     };
     // In a task of its own: a join must not be torn in two because somebody pressed Ctrl-C.
@@ -165,11 +180,17 @@ async fn answer(node: Arc<Node>, request: Request) -> Reply {
                     Err(why) => Reply::Error(why),
                 }
             }
+            Request::Loaded => Reply::Loaded(loading::loaded(&node)),
+            Request::Unload { model, limit_ms } => {
+                loading::unload(&node, &model, Duration::from_millis(limit_ms)).await
+            }
             Request::ShowParameters { model } => match node.parameters(&model) {
                 Ok(shown) => Reply::Parameters(shown),
                 Err(why) => Reply::Error(why),
             },
-            Request::Chat { .. } | Request::SetParameters { .. } => Reply::Error("that is answered elsewhere".into()),
+            Request::Chat { .. } | Request::SetParameters { .. } | Request::Load(_) | Request::TestModel { .. } => {
+                Reply::Error("that is answered elsewhere".into())
+            }
         }
     });
     match tokio::time::timeout(deadline, work).await {

@@ -1,7 +1,8 @@
-//! `ingle models`: parameters, and model files in other formats with what that costs.
+//! `ingle models`: loaded and unloaded, parameters, and model files in other formats with what that costs.
 
 mod embed;
 mod eval;
+mod load;
 mod parameters;
 mod progress;
 mod quantize;
@@ -24,6 +25,9 @@ pub async fn run(settings: &Settings, models: Models) -> anyhow::Result<()> {
     match models.command {
         ModelsCommand::Show(options) => parameters::show(settings, options).await,
         ModelsCommand::Set(options) => parameters::set(settings, options).await,
+        ModelsCommand::Load(options) => load::load(settings, options).await,
+        ModelsCommand::Unload(options) => load::unload(settings, options).await,
+        ModelsCommand::Test(options) => load::test(settings, options).await,
         ModelsCommand::Quantize(options) => quantize::run(settings, options).await,
         ModelsCommand::Eval(options) => eval::run(settings, options).await,
         ModelsCommand::Embed(options) => embed::run(settings, options).await,
