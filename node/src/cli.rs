@@ -9,8 +9,10 @@ use crate::config::Layer;
 use crate::logging::LogFormat;
 
 mod models;
+mod registry;
 
 pub use models::{EmbedTexts, EvaluateModels, Models, ModelsCommand, QuantizeModel, SetParameters, ShowParameters};
+pub use registry::{AddModel, ListModels, PinModel, RemoveModel, SetDefault};
 
 /// The machines of a home or small office as one private AI assistant.
 ///
@@ -80,7 +82,7 @@ pub enum Command {
     ///
     /// Loads the model in this process; stop a node that uses the same processor first, as the two would share it.
     Bench(Bench),
-    /// Set a model's parameters, convert model files, and measure what that costs
+    /// Add, remove and show the household's models, set their parameters, convert model files
     Models(Models),
     /// The engine process, started by the node
     #[command(hide = true)]

@@ -71,7 +71,8 @@ mod tests {
             assert_eq!(check_model(good), Ok(()), "{good}");
         }
         let long = "x".repeat(129);
-        for bad in ["", "default", "..", "a/../b", "/etc/passwd", "a//b", "a b", "-x", "é", "a\u{1b}[2J", "a\n", &long] {
+        for bad in ["", "default", "..", "a/../b", "/etc/passwd", "a//b", "a b", "-x", "é", "a\u{1b}[2J", "a\n", &long]
+        {
             let error = check_model(bad).unwrap_err().to_string();
             assert!(!error.contains(char::is_control), "{error:?}");
         }

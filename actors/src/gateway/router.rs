@@ -29,6 +29,7 @@ use super::offers::{Offer, default_name};
 use super::{ChatRequest, GatewayError, OfferedModel, Reply};
 use crate::cluster::Mesh;
 use crate::monitor::{Latencies, Outcome, request_span};
+use crate::registry::ModelRegistry;
 use crate::worker::{ANSWER_BUFFER, Workers};
 
 /// When an answer counts as begun although no token has come: long prompts must not keep a client without headers.
@@ -45,6 +46,7 @@ pub(super) struct Router {
     started: Instant,
     mesh: Arc<ArcSwapOption<Mesh>>,
     pub workers: Arc<Workers>,
+    registry: Arc<ModelRegistry>,
     pub engines: Engines,
     admission: Arc<Admission>,
     options: AdmissionOptions,
@@ -200,12 +202,19 @@ impl Router {
 
 impl Gateway {
     /// A router over this node's workers and whatever mesh there is. [`Gateway::run`] must run beside it.
-    pub fn new(name: &str, mesh: Arc<ArcSwapOption<Mesh>>, workers: Arc<Workers>, options: AdmissionOptions) -> Self {
+    pub fn new(
+        name: &str,
+        mesh: Arc<ArcSwapOption<Mesh>>,
+        workers: Arc<Workers>,
+        registry: Arc<ModelRegistry>,
+        options: AdmissionOptions,
+    ) -> Self {
         Self(Arc::new(Router {
             name: name.to_owned(),
             started: Instant::now(),
             mesh,
             workers,
+            registry,
             engines: Engines::default(),
             admission: Arc::default(),
             options,
@@ -269,7 +278,7 @@ impl Gateway {
     /// All models of the cluster, ready or not, the default one first.
     pub fn models(&self) -> Vec<OfferedModel> {
         let offers = self.0.offers();
-        let default = default_name(&offers);
+        let default = default_name(&offers, &self.0.registry.default_route());
         let mut first_heard = self.0.first_heard.lock().unwrap_or_else(PoisonError::into_inner);
         let mut models: Vec<OfferedModel> = Vec::new();
         for offer in &offers {
@@ -324,7 +333,7 @@ impl Gateway {
         let span = request_span("route", &request);
         async {
             let offers = self.0.offers();
-            request.model = choice::resolve(&offers, &request.model)?;
+            request.model = choice::resolve(&offers, &self.0.registry, &request.model)?;
             self.0.retries.lock().unwrap_or_else(PoisonError::into_inner).request(self.0.now());
             let nobody = || choice::nobody(&offers, &self.0.engines, &request.model, self.0.now());
             let wanted = self.0.wanted(&request, &offers).ok_or_else(nobody)?;

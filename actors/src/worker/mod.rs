@@ -74,6 +74,13 @@ impl Workers {
         self.note_change();
     }
 
+    /// One less. What it still answers goes on.
+    pub fn remove(&self, worker: &Arc<dyn Worker>) {
+        let is_other = |other: &Arc<dyn Worker>| !std::ptr::addr_eq(Arc::as_ptr(other), Arc::as_ptr(worker));
+        self.list.write().unwrap_or_else(PoisonError::into_inner).retain(is_other);
+        self.note_change();
+    }
+
     fn all(&self) -> Vec<Arc<dyn Worker>> {
         self.list.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -245,7 +252,7 @@ fn shutting_down() -> Answer {
 }
 
 /// An answer that is one refusal.
-fn refused(kind: RefusalKind, message: String) -> mpsc::Receiver<Answer> {
+pub(crate) fn refused(kind: RefusalKind, message: String) -> mpsc::Receiver<Answer> {
     only_refusal(Refused { kind, message, param: None, retry_after_ms: kind.is_retryable().then_some(1_000) })
 }
 

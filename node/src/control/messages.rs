@@ -2,10 +2,12 @@
 
 use ingle_actors::gateway::RequestRecord;
 use ingle_actors::monitor::ClusterStatus;
-use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, ShownParameters};
+use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges};
 use ingle_actors::protocol::RequestId;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::models::{ModelsReply, ModelsRequest};
 
 /// The longest line. A chat text from standard input and the status of a large cluster fit well.
 pub const LINE_LIMIT: u64 = 8 << 20;
@@ -37,12 +39,7 @@ pub enum Request {
         /// Let it take work again instead.
         undo: bool,
     },
-    /// The parameters of the node's own model.
-    ShowParameters {
-        /// The model's name, or `default`.
-        model: String,
-    },
-    /// Change parameters of the node's own model.
+    /// Change parameters of the node's own model, or of a registered one.
     SetParameters {
         /// The model's name, or `default`.
         model: String,
@@ -51,6 +48,8 @@ pub enum Request {
         /// Let the engine finish and start it anew, also where a second one could take over.
         restart: bool,
     },
+    /// Something about the household's models.
+    Models(ModelsRequest),
     /// Answer a text.
     Chat {
         /// What the person says.
@@ -81,12 +80,12 @@ pub enum Reply {
         /// How many of them moved.
         moved: u32,
     },
-    /// To `ShowParameters`.
-    Parameters(ShownParameters),
     /// To `SetParameters`: how far it is, in words. One comes every few seconds.
     Progress(String),
     /// To `SetParameters`: they hold, and how that came.
     ParametersSet(Outcome),
+    /// To `Models`.
+    Models(Box<ModelsReply>),
     /// To `Chat`: a piece of the answer.
     Text(String),
     /// To `Chat`: the answer is complete.

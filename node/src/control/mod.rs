@@ -2,8 +2,10 @@
 
 mod client;
 mod messages;
+mod models;
 mod server;
 
 pub use client::{Client, ControlError};
 pub use messages::{Reply, Request};
+pub use models::{ModelsReply, ModelsRequest};
 pub use server::ControlServer;

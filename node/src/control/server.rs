@@ -165,8 +165,8 @@ async fn answer(node: Arc<Node>, request: Request) -> Reply {
                     Err(why) => Reply::Error(why),
                 }
             }
-            Request::ShowParameters { model } => match node.parameters(&model) {
-                Ok(shown) => Reply::Parameters(shown),
+            Request::Models(request) => match Box::pin(super::models::answer(&node, request)).await {
+                Ok(reply) => Reply::Models(Box::new(reply)),
                 Err(why) => Reply::Error(why),
             },
             Request::Chat { .. } | Request::SetParameters { .. } => Reply::Error("that is answered elsewhere".into()),

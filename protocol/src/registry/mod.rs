@@ -39,9 +39,7 @@ pub enum RegistryError {
     #[error("{0}")]
     Name(String),
     /// The name is in use.
-    #[error(
-        "a model `{0}` is registered already: choose another name, or remove that one with `ingle models rm {0}`"
-    )]
+    #[error("a model `{0}` is registered already: choose another name, or remove that one with `ingle models rm {0}`")]
     Exists(String),
     /// There is no such model.
     #[error("no model `{0}` is registered")]
@@ -183,7 +181,12 @@ impl Registry {
     }
 
     /// Sets how long the model stays loaded when nobody asks it.
-    pub fn set_keep_alive(&mut self, name: &str, keep_alive: Option<KeepAlive>, at: Stamp) -> Result<(), RegistryError> {
+    pub fn set_keep_alive(
+        &mut self,
+        name: &str,
+        keep_alive: Option<KeepAlive>,
+        at: Stamp,
+    ) -> Result<(), RegistryError> {
         self.change(name)?.write_keep_alive(keep_alive, at);
         Ok(())
     }

@@ -232,7 +232,11 @@ impl Record {
 
     /// What did not hold because something else was written at the same time: field, value and who wrote it.
     pub fn overruled(&self) -> Vec<(String, String, Stamp)> {
-        fn of<T: Ord + Clone>(name: &str, field: &Field<T>, show: impl Fn(&T) -> String) -> Vec<(String, String, Stamp)> {
+        fn of<T: Ord + Clone>(
+            name: &str,
+            field: &Field<T>,
+            show: impl Fn(&T) -> String,
+        ) -> Vec<(String, String, Stamp)> {
             field.overruled().map(|written| (name.to_owned(), show(&written.value), written.at)).collect()
         }
         fn or_none<T: ToString>(value: &Option<T>) -> String {
@@ -429,7 +433,9 @@ fn check_origin(origin: &Origin) -> Result<(), RegistryError> {
     if let Some(variable) = api_key_env
         && !is_variable(variable)
     {
-        return wrong("the key is given by the name of an environment variable: letters, digits and `_`, no digit first");
+        return wrong(
+            "the key is given by the name of an environment variable: letters, digits and `_`, no digit first",
+        );
     }
     Ok(())
 }
@@ -514,7 +520,10 @@ impl DefaultModel {
         let named = names.into_iter().try_for_each(check_model);
         named.map_err(|error| RegistryError::Name(error.to_string()))?;
         if self.seen.len() > MOST_WRITERS || self.seen.highest() > MOST_COUNTER || !self.model.is_sound(&self.seen) {
-            return Err(RegistryError::Unsound { name: "default".into(), what: "writes that nobody can have seen".into() });
+            return Err(RegistryError::Unsound {
+                name: "default".into(),
+                what: "writes that nobody can have seen".into(),
+            });
         }
         Ok(())
     }

@@ -55,7 +55,9 @@ fn is_word(text: &str) -> bool {
 /// A path within a repository or an archive, which stays within it.
 fn is_inner_path(text: &str) -> bool {
     text.split('/').all(|part| {
-        !matches!(part, "" | "." | "..") && !part.contains(['\\', '?', '#', '%', ':']) && !part.contains(char::is_control)
+        !matches!(part, "" | "." | "..")
+            && !part.contains(['\\', '?', '#', '%', ':'])
+            && !part.contains(char::is_control)
     })
 }
 
