@@ -8,6 +8,8 @@
 //!
 //! These structs are stored in the state directory and are on the wire since `wire::v2`.
 
+mod check;
+mod default;
 mod field;
 mod record;
 mod source;
@@ -18,10 +20,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use default::DefaultModel;
 pub use field::{Field, Seen, Stamp, Written};
 use record::MOST_COUNTER;
 pub use record::{
-    DefaultModel, Endpoint, FOREVER, KeepAlive, MOST_PARAMETERS, MOST_PINS, ModelType, NewModel, Origin, Record, Value,
+    Endpoint, FOREVER, KeepAlive, MOST_PARAMETERS, MOST_PINS, ModelType, NewModel, Origin, Record, Value,
 };
 pub use source::{Source, SourceError};
 
@@ -137,7 +140,7 @@ impl Registry {
 
     /// Registers a model.
     pub fn add(&mut self, new: NewModel, at: Stamp) -> Result<(), RegistryError> {
-        record::check_new(&new)?;
+        check::check_new(&new)?;
         if self.model(&new.name).is_some() {
             return Err(RegistryError::Exists(new.name));
         }
@@ -171,7 +174,7 @@ impl Registry {
         changes: &BTreeMap<String, Option<Value>>,
         at: Stamp,
     ) -> Result<(), RegistryError> {
-        changes.iter().try_for_each(|(name, value)| record::check_parameter(name, value.as_ref()))?;
+        changes.iter().try_for_each(|(name, value)| check::check_parameter(name, value.as_ref()))?;
         let record = self.change(name)?;
         let mut changed = record.clone();
         changed.write_parameters(changes, at);
@@ -199,7 +202,7 @@ impl Registry {
 
     /// Pins the model to exactly these nodes.
     pub fn set_pins(&mut self, name: &str, pins: &[String], at: Stamp) -> Result<(), RegistryError> {
-        pins.iter().try_for_each(|node| record::check_pin(node))?;
+        pins.iter().try_for_each(|node| check::check_pin(node))?;
         let record = self.change(name)?;
         let mut changed = record.clone();
         changed.write_pins(pins, at);

@@ -4,24 +4,18 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::RegistryError;
+use super::check::{check_origin, check_parameter, check_pin};
 use super::field::{Field, Seen, Stamp};
-use super::source::SOURCE_LIMIT;
-use super::{RegistryError, Source};
-use crate::names::{check_model, is_node};
-use crate::{ModelDigest, NodeId};
+use crate::ModelDigest;
+use crate::names::check_model;
 
 /// The most parameters of a model.
 pub const MOST_PARAMETERS: usize = 64;
 /// The most nodes that a model is pinned to, those that it was pinned to before included.
 pub const MOST_PINS: usize = 256;
 /// The most nodes that ever wrote one entry.
-const MOST_WRITERS: usize = 1_024;
-/// The longest name of a parameter, and the longest word as its value, in bytes.
-const LONGEST_WORD: usize = 64;
-/// The longest name of a model at a far server, in bytes.
-const LONGEST_FAR_NAME: usize = 256;
-/// The longest name of an environment variable, in bytes.
-const LONGEST_VARIABLE: usize = 128;
+pub(super) const MOST_WRITERS: usize = 1_024;
 /// Counters beyond this are nobody's clock: who sends one would have the last word for ever.
 pub(super) const MOST_COUNTER: u64 = 1 << 53;
 
@@ -404,127 +398,4 @@ fn merge_all<T: Ord + Clone>(
         field.merge(seen, theirs.get(name).unwrap_or(&none), their_seen);
     }
     ours.retain(|_, field| !field.is_empty());
-}
-
-pub(super) fn check_new(new: &NewModel) -> Result<(), RegistryError> {
-    check_model(&new.name).map_err(|error| RegistryError::Name(error.to_string()))?;
-    check_origin(&new.origin)?;
-    new.parameters.iter().try_for_each(|(name, value)| check_parameter(name, Some(value)))?;
-    new.pins.iter().try_for_each(|node| check_pin(node))
-}
-
-fn check_origin(origin: &Origin) -> Result<(), RegistryError> {
-    let wrong = |why: &str| Err(RegistryError::Endpoint(why.into()));
-    let endpoint = match origin {
-        Origin::Source(source) => {
-            return source.parse::<Source>().map(drop).map_err(|error| RegistryError::Source(error.to_string()));
-        }
-        Origin::Endpoint(endpoint) => endpoint,
-    };
-    let Endpoint { url, model, api_key_env } = endpoint;
-    if url.len() > SOURCE_LIMIT || url.contains(char::is_control) {
-        return wrong("its address is too long or has control characters");
-    }
-    if let Some(model) = model
-        && (model.trim().is_empty() || model.len() > LONGEST_FAR_NAME || model.contains(char::is_control))
-    {
-        return wrong("the model's name there is empty, longer than 256 bytes or has control characters");
-    }
-    if let Some(variable) = api_key_env
-        && !is_variable(variable)
-    {
-        return wrong(
-            "the key is given by the name of an environment variable: letters, digits and `_`, no digit first",
-        );
-    }
-    Ok(())
-}
-
-/// The name of an environment variable. A key itself seldom looks like one.
-fn is_variable(text: &str) -> bool {
-    (1..=LONGEST_VARIABLE).contains(&text.len())
-        && !text.starts_with(|c: char| c.is_ascii_digit())
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
-}
-
-pub(super) fn check_parameter(name: &str, value: Option<&Value>) -> Result<(), RegistryError> {
-    let is_name = (1..=LONGEST_WORD).contains(&name.len())
-        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
-    let is_value = match value {
-        Some(Value::Word(word)) => word.len() <= LONGEST_WORD && !word.contains(char::is_control),
-        Some(Value::Number(_)) | None => true,
-    };
-    if is_name && is_value { Ok(()) } else { Err(RegistryError::Parameter(name.chars().take(100).collect())) }
-}
-
-pub(super) fn check_pin(node: &str) -> Result<(), RegistryError> {
-    if is_node(node) { Ok(()) } else { Err(RegistryError::Node(node.chars().take(100).collect())) }
-}
-
-/// Which model `default` means. An entry of its own, so that removing a model and choosing another default do not
-/// meet in one field.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DefaultModel {
-    seen: Seen,
-    model: Field<Option<String>>,
-}
-
-impl DefaultModel {
-    /// The model's name; `None` where none was chosen.
-    pub fn name(&self) -> Option<&str> {
-        self.model.value()?.as_deref()
-    }
-
-    /// Others that were chosen at the same time: name and who did.
-    pub fn overruled(&self) -> Vec<(Option<String>, Stamp)> {
-        self.model.overruled().map(|written| (written.value.clone(), written.at)).collect()
-    }
-
-    /// Who chose.
-    pub fn changed(&self) -> Option<Stamp> {
-        self.model.latest().map(|written| written.at)
-    }
-
-    /// Every choice that stands here.
-    pub fn stamps(&self) -> Vec<Stamp> {
-        self.model.versions().iter().map(|written| written.at).collect()
-    }
-
-    /// What is known here of choices.
-    pub fn seen(&self) -> &Seen {
-        &self.seen
-    }
-
-    pub(super) fn write(&mut self, model: Option<String>, at: Stamp) {
-        self.seen.note(at);
-        self.model.write(model, at);
-    }
-
-    /// A choice that gives way to every other one: that of a machine that joins a household, which has its own.
-    pub(super) fn yielding(&self, node: NodeId) -> Self {
-        let mut weak = Self::default();
-        if let Some(name) = self.name() {
-            weak.write(Some(name.to_owned()), Stamp { counter: 1, node });
-        }
-        weak
-    }
-
-    pub(super) fn merge(&mut self, other: &Self) {
-        self.model.merge(&self.seen, &other.model, &other.seen);
-        self.seen.merge(&other.seen);
-    }
-
-    /// See [`Record::check`].
-    pub fn check(&self) -> Result<(), RegistryError> {
-        let names = self.model.versions().iter().filter_map(|written| written.value.as_deref());
-        let named = names.into_iter().try_for_each(check_model);
-        named.map_err(|error| RegistryError::Name(error.to_string()))?;
-        if self.seen.len() > MOST_WRITERS || self.seen.highest() > MOST_COUNTER || !self.model.is_sound(&self.seen) {
-            return Err(RegistryError::Unsound {
-                name: "default".into(),
-                what: "writes that nobody can have seen".into(),
-            });
-        }
-        Ok(())
-    }
 }

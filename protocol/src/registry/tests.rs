@@ -289,28 +289,29 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
     proptest::collection::vec(event, 0..40)
 }
 
+type Write = Box<dyn FnOnce(&mut Registry, Stamp) -> Result<(), RegistryError>>;
+
 /// What becomes of it. Clocks stand still, or differ: the counters have to do it.
 fn play(events: &[Event]) -> Vec<Registry> {
     let mut all = vec![Registry::default(); NODES.into()];
     for event in events {
-        let (who, change): (u8, Box<dyn FnOnce(&mut Registry, Stamp) -> Result<(), RegistryError>>) =
-            match event.clone() {
-                Event::Add(who, what, url) => {
-                    (who, Box::new(move |r, at| r.add(new(NAMES[what], &format!("http://{url}")), at)))
-                }
-                Event::Remove(who, what) => (who, Box::new(move |r, at| r.remove(NAMES[what], at))),
-                Event::Set(who, what, first, value) => {
-                    let name = if first { "threads" } else { "batch_size" };
-                    (who, Box::new(move |r, at| r.set_parameters(NAMES[what], &set(name, value), at)))
-                }
-                Event::Pin(who, what, pins) => (who, Box::new(move |r, at| r.set_pins(NAMES[what], &pins, at))),
-                Event::Default(who, what) => (who, Box::new(move |r, at| r.set_default(Some(NAMES[what].into()), at))),
-                Event::Hear(to, from) => {
-                    let other = all[usize::from(from)].clone();
-                    merge_into(&mut all[usize::from(to)], &other);
-                    continue;
-                }
-            };
+        let (who, change): (u8, Write) = match event.clone() {
+            Event::Add(who, what, url) => {
+                (who, Box::new(move |r, at| r.add(new(NAMES[what], &format!("http://{url}")), at)))
+            }
+            Event::Remove(who, what) => (who, Box::new(move |r, at| r.remove(NAMES[what], at))),
+            Event::Set(who, what, first, value) => {
+                let name = if first { "threads" } else { "batch_size" };
+                (who, Box::new(move |r, at| r.set_parameters(NAMES[what], &set(name, value), at)))
+            }
+            Event::Pin(who, what, pins) => (who, Box::new(move |r, at| r.set_pins(NAMES[what], &pins, at))),
+            Event::Default(who, what) => (who, Box::new(move |r, at| r.set_default(Some(NAMES[what].into()), at))),
+            Event::Hear(to, from) => {
+                let other = all[usize::from(from)].clone();
+                merge_into(&mut all[usize::from(to)], &other);
+                continue;
+            }
+        };
         let registry = &mut all[usize::from(who)];
         let at = registry.stamp(node(who), u64::from(who) * 3);
         // What is not possible there (a model that is not known) is refused, and that is all right here.
