@@ -336,11 +336,16 @@ impl Scheduler {
         }
     }
 
-    /// Says what is to be done, and how long the coming step should take.
-    fn note_work(&self, batch: &Batch, prefill_rate: f32, step_rate: f32) {
+    /// Says how many tokens of prompts are to be read.
+    fn note_backlog(&self) {
         let unread = |sequence: &Sequence| if sequence.left() > 1 { sequence.left() as u32 } else { 0 };
         let backlog = self.running.iter().chain(&self.waiting).map(unread).fold(0, u32::saturating_add);
         self.shared.backlog_tokens.store(backlog, Ordering::Relaxed);
+    }
+
+    /// Says what is to be done, and how long the coming step should take.
+    fn note_work(&self, batch: &Batch, prefill_rate: f32, step_rate: f32) {
+        self.note_backlog();
         let seconds = |work: f32, rate: f32| if rate > 0.0 { work / rate } else { 0.0 };
         let usual = seconds(batch.prefilled as f32, prefill_rate) + seconds(1.0, step_rate);
         self.shared.usual_step_ms.store((usual * 1e3).ceil() as u32, Ordering::Relaxed);
@@ -379,6 +384,7 @@ impl Scheduler {
                 sequence.last_chunk = step;
             }
         }
+        self.note_backlog();
         if !self.pool.is_empty() {
             for sequence in &mut self.running {
                 self.pool.publish(&mut sequence.table, &sequence.tokens, sequence.computed);
@@ -417,6 +423,7 @@ impl Scheduler {
         }
         // Before the last frame goes out, so that whoever has it finds the slot free.
         self.shared.running.store(self.running.len() as u32, Ordering::Release);
+        self.note_backlog();
         if let Some(lingering) = sequence.end(end, self.shared.load()) {
             self.lingering.push(lingering);
         }

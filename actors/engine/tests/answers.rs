@@ -89,8 +89,8 @@ fn collect(mut receiver: mpsc::Receiver<Answer>) -> Whole {
         match answer {
             Answer::Token(token) => tokens.push(token),
             Answer::Finished(mut finished) => {
-                // What others have computed before changes nothing else.
-                finished.usage.cached_tokens = 0;
+                // What others have computed before, and what they do now, changes nothing else.
+                (finished.usage.cached_tokens, finished.load) = (0, Load::default());
                 return Whole { tokens, last: Answer::Finished(finished) };
             }
             last if last.is_last() => return Whole { tokens, last },

@@ -87,13 +87,23 @@ pub async fn open_stream(
     deadline: Duration,
 ) -> Result<(SendStream, RecvStream), FrameError> {
     let opening = async {
-        let (mut send, receive) = connection.open_bi().await.map_err(std::io::Error::from)?;
+        let (mut send, receive) = open_unnamed(connection, deadline).await?;
         send.write_all(&[kind as u8]).await.map_err(std::io::Error::from)?;
         Ok((send, receive))
     };
-    timeout(deadline, opening).await.unwrap_or_else(|_| {
-        Err(FrameError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no free stream to the peer in time")))
-    })
+    timeout(deadline, opening).await.unwrap_or_else(|_| Err(no_stream()))
+}
+
+/// A stream whose first byte the caller writes, together with what follows.
+pub async fn open_unnamed(connection: &Connection, deadline: Duration) -> Result<(SendStream, RecvStream), FrameError> {
+    match timeout(deadline, connection.open_bi()).await {
+        Ok(opened) => Ok(opened.map_err(std::io::Error::from)?),
+        Err(_) => Err(no_stream()),
+    }
+}
+
+fn no_stream() -> FrameError {
+    FrameError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no free stream to the peer in time"))
 }
 
 /// Runs everything that belongs to a registered link until the connection or the mesh ends.

@@ -33,7 +33,7 @@ use tokio_util::task::TaskTracker;
 
 pub(crate) use control::carry_out;
 pub use endpoint::{bind, plain};
-pub use inference::submit_remote;
+pub use inference::{RemoteAnswers, submit_remote};
 pub use join::{Admission, JoinFailure, join};
 pub use link::PeerLink;
 pub use roster::{Member, Roster};

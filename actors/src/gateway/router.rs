@@ -14,8 +14,8 @@ use ingle_protocol::routing::Demand;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v2::{EnginePulse, ModelState, Request};
 use ingle_protocol::{EngineId, NodeId, RequestId};
-use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval, timeout_at};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
@@ -36,8 +36,10 @@ use crate::worker::{ANSWER_BUFFER, Workers};
 const BEGUN_AFTER: Duration = Duration::from_secs(5);
 /// How often engines are looked at: often enough to see a suspicion as soon as it is one.
 const LOOK: Duration = Duration::from_millis(50);
+/// The same while nothing is under way and nobody is under suspicion: an idle node sleeps. A request ends that.
+const LOOK_WHILE_IDLE: Duration = Duration::from_millis(250);
 /// A look that comes so late says that this node itself stood still; what it sees then is old.
-const STOOD_STILL: Duration = Duration::from_millis(350);
+const STOOD_STILL: Duration = Duration::from_millis(300);
 
 /// See the module.
 #[derive(Debug)]
@@ -55,6 +57,8 @@ pub(super) struct Router {
     journal: Journal,
     first_heard: Mutex<HashMap<String, u64>>,
     open: Arc<AtomicU32>,
+    /// Told when the first answer is under way.
+    begun: Notify,
     latencies: Arc<Latencies>,
 }
 
@@ -89,7 +93,9 @@ impl Router {
     }
 
     fn open(&self) -> Open {
-        self.open.fetch_add(1, Ordering::AcqRel);
+        if self.open.fetch_add(1, Ordering::AcqRel) == 0 {
+            self.begun.notify_one();
+        }
         Open(self.open.clone())
     }
 
@@ -132,23 +138,29 @@ impl Router {
         offers
     }
 
-    /// Looks at all engines, and at who waits at the door.
-    fn look(&self) {
+    /// Looks at all engines, and at who waits at the door. Returns whether it should look again soon.
+    fn look(&self) -> bool {
         let offers = self.offers();
         let now = self.now();
         let mut known = HashSet::new();
+        let mut busy = self.open.load(Ordering::Acquire) > 0 || self.admission.waiting() > 0;
         for offer in &offers {
             let Some(id) = offer.facts.engine else { continue };
+            busy |= offer.health != Health::Alive;
+            busy |= offer.pulse.is_some_and(|pulse| pulse.load.running > 0 || pulse.load.waiting > 0);
             known.insert((id.node, id.index));
             let peer = match &offer.health {
                 Health::Suspect { why } => Some(why.clone()),
                 // A connection that is gone ends its answers by itself.
                 Health::Alive | Health::Failed { .. } | Health::Left { .. } => None,
             };
-            self.engines.of(id).look(offer.pulse.as_ref(), peer, now);
+            let engine = self.engines.of(id);
+            engine.look(offer.pulse.as_ref(), peer, now);
+            busy |= engine.suspicion().is_some();
         }
         self.engines.keep(&known);
         self.admission.refresh(|name| choice::limits(&offers, name, &self.options));
+        busy
     }
 
     /// What a request needs of the workers, before anybody has counted its tokens.
@@ -223,25 +235,25 @@ impl Gateway {
             journal: Journal::default(),
             first_heard: Mutex::default(),
             open: Arc::default(),
+            begun: Notify::new(),
             latencies: Arc::default(),
         }))
     }
 
     /// Watches the engines until `cancel`.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), String> {
-        let mut ticks = interval(LOOK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut last = Instant::now();
+        let mut busy = true;
         loop {
+            let (began, pause) = (Instant::now(), if busy { LOOK } else { LOOK_WHILE_IDLE });
             tokio::select! {
                 () = cancel.cancelled() => return Ok(()),
-                _ = ticks.tick() => {}
+                () = self.0.begun.notified(), if !busy => {}
+                () = sleep(pause) => {}
             }
             // After a standstill of our own all news is still in the sockets: read it before judging others by it.
-            if last.elapsed() < STOOD_STILL {
-                self.0.look();
+            if began.elapsed() < pause + STOOD_STILL {
+                busy = self.0.look();
             }
-            last = Instant::now();
         }
     }
 

@@ -22,6 +22,8 @@ use ingle_protocol::wire::v2::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::RemoteAnswers;
+
 pub use endpoint::{EndpointOptions, EndpointWorker};
 pub use model_worker::{ModelWorker, WorkerOptions, model_name_of};
 pub use order::{ChangeRequest, Said};
@@ -192,40 +194,67 @@ impl Workers {
         };
         let inner = worker.submit(request).await;
         let cut_off = self.cut_off.read().unwrap_or_else(PoisonError::into_inner).clone();
-        Answers { inner, held: Some((running, cut_off)) }
+        Answers { inner: Source::Here(inner), held: Some((running, cut_off)) }
     }
 }
 
 /// Frames of one answer. Dropping it cancels the request.
 #[derive(Debug)]
 pub struct Answers {
-    inner: mpsc::Receiver<Answer>,
+    inner: Source,
     /// For a request of this node's own workers: that it runs, and what ends it when the node does.
     held: Option<(Running, CancellationToken)>,
 }
 
+#[derive(Debug)]
+enum Source {
+    Here(mpsc::Receiver<Answer>),
+    // On the heap: it has buffers of its own.
+    Member(Box<RemoteAnswers>),
+}
+
 impl From<mpsc::Receiver<Answer>> for Answers {
     fn from(inner: mpsc::Receiver<Answer>) -> Self {
-        Self { inner, held: None }
+        Self { inner: Source::Here(inner), held: None }
+    }
+}
+
+impl From<RemoteAnswers> for Answers {
+    fn from(inner: RemoteAnswers) -> Self {
+        Self { inner: Source::Member(Box::new(inner)), held: None }
     }
 }
 
 impl Answers {
     /// The next frame; `None` behind the last one. Loses nothing where it is dropped before its end.
     pub async fn recv(&mut self) -> Option<Answer> {
-        let Some((_, cut_off)) = &self.held else { return self.inner.recv().await };
+        let inner = match &mut self.inner {
+            Source::Here(inner) => inner,
+            Source::Member(answers) => return answers.recv().await,
+        };
+        let Some((_, cut_off)) = &self.held else { return inner.recv().await };
         let answer = tokio::select! {
             biased;
             () = cut_off.cancelled() => {
-                self.inner.close();
+                inner.close();
                 Some(shutting_down())
             }
-            answer = self.inner.recv() => answer,
+            answer = inner.recv() => answer,
         };
         if answer.as_ref().is_none_or(Answer::is_last) {
             self.held = None;
         }
         answer
+    }
+
+    /// A frame that is there already, of a worker of this node.
+    pub fn try_recv(&mut self) -> Option<Answer> {
+        let Source::Here(inner) = &mut self.inner else { return None };
+        let answer = inner.try_recv().ok()?;
+        if answer.is_last() {
+            self.held = None;
+        }
+        Some(answer)
     }
 }
 

@@ -36,7 +36,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let settings = Settings::resolve(flags, environment)?;
     logging::start(&settings.log)?;
     match cli.command {
-        Command::Up(_) => block_on(many_threads()?, up::run(settings))?,
+        Command::Up(_) => block_on(node_threads()?, up::run(settings))?,
         Command::Join(join) => block_on(many_threads()?, join::run(&settings, join))?,
         Command::Token(token) => block_on(many_threads()?, token::run(&settings, token))?,
         Command::Status(status) => block_on(one_thread()?, status::run(&settings, status))?,
@@ -58,6 +58,16 @@ fn run_engine(engine: Engine, environment: Layer) -> anyhow::Result<ExitCode> {
     })?;
     let Engine { socket, model, digest, packed, parameters, device } = engine;
     Ok(engine_process::run(EngineProcessOptions { socket, model, digest, packed, parameters, device }))
+}
+
+/// A node waits and passes on; engines compute in processes of their own. One thread does that with the least waking of
+/// each other, and several thousand requests a second of it. Whoever serves more sets tokio's variable.
+fn node_threads() -> std::io::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+        builder.worker_threads(1);
+    }
+    builder.enable_all().build()
 }
 
 fn many_threads() -> std::io::Result<tokio::runtime::Runtime> {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v2::{Accepted, ModelState, RefusalKind, Refused, Request};
+use ingle_protocol::wire::v2::{Accepted, Load, ModelState, RefusalKind, Refused, Request};
 use tokio::sync::mpsc;
 
 use super::Wake;
@@ -147,7 +147,9 @@ impl Intake {
         if let Some(end) = sequence.replay(&*self.codec) {
             // The last token had been delivered, only the end had not. A stalled output cannot be here: the
             // channel has carried one frame at most.
-            drop(sequence.end(end, self.shared.load()));
+            // It has its place in the queue still.
+            let load = Load { waiting: load.waiting.saturating_sub(1), ..load };
+            drop(sequence.end(end, load));
             return None;
         }
         sequence.output.queued(self.shared.waiting.load(Ordering::Relaxed).saturating_sub(1));
