@@ -14,6 +14,9 @@
 //!  │   └─ ModelWorker …               model file → engine process → restart budget of its own
 //!  │      └─ engine process           `ingle engine`, its own process: dies alone
 //!  ├── ServiceActor "endpoint" …      one for each server elsewhere that answers: asks it how it is
+//!  ├── ServiceActor "registry"        writes down what peers say of the household's models
+//!  ├── ServiceActor "endpoints"       the registered ones that are pinned to this node, come and go while it runs
+//!  ├── ServiceActor "parameters"      lets this node's own model have what the registry says of it
 //!  └── ServiceActor "monitor"         what the workers are, told to the mesh
 //! ```
 //!
@@ -29,6 +32,7 @@ pub mod models;
 pub mod monitor;
 pub mod node;
 pub mod platform;
+pub mod registry;
 pub mod supervisor;
 pub mod worker;
 

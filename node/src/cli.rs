@@ -9,11 +9,13 @@ use crate::config::Layer;
 use crate::logging::LogFormat;
 
 mod models;
+mod registry;
 
 pub use models::{
     EmbedTexts, EvaluateModels, LoadModel, Models, ModelsCommand, QuantizeModel, SetParameters, ShowParameters,
     TestModel, UnloadModel,
 };
+pub use registry::{AddModel, ListModels, PinModel, RemoveModel, SetDefault};
 
 /// The machines of a home or small office as one private AI assistant.
 ///
@@ -85,7 +87,7 @@ pub enum Command {
     ///
     /// Loads the model in this process; stop a node that uses the same processor first, as the two would share it.
     Bench(Bench),
-    /// Load, unload and set models, convert model files, and measure what that costs
+    /// Add, remove, load, unload and show models, set their parameters, convert model files, and measure what that costs
     Models(Models),
     /// The engine process, started by the node
     #[command(hide = true)]

@@ -11,6 +11,7 @@ pub mod names;
 pub mod prefix;
 pub mod raw_json;
 pub mod recovery;
+pub mod registry;
 pub mod routing;
 pub mod wire;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ingle_protocol::NodeId;
 use ingle_protocol::liveness::PULSE_INTERVAL;
-use ingle_protocol::wire::v2::{Goodbye, NodeFacts, Pulse};
+use ingle_protocol::wire::v2::{Goodbye, NodeFacts, Pulse, RegistryEntry};
 use ingle_protocol::wire::{Body as _, StreamKind, Version, Versioned as _, WireError};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::io::AsyncReadExt;
@@ -160,11 +160,16 @@ pub fn describe(error: &quinn::ConnectionError) -> String {
     }
 }
 
-/// Our facts whenever they change, a goodbye at the end.
+/// Our facts and the registry's entries whenever they change, a goodbye at the end.
 async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, link: PeerLink, cancel: CancellationToken) {
     let mut facts = mesh.own.subscribe();
     // Once in any case: they may have changed since the greeting was written.
     facts.mark_changed();
+    let mut registry = mesh.registry.changes();
+    registry.mark_changed();
+    // A peer that is too old for the registry has no part in it.
+    let takes_entries = link.version.limit_of(RegistryEntry::KIND).is_some();
+    let mut told = 0;
     loop {
         tokio::select! {
             changed = facts.changed() => {
@@ -174,6 +179,22 @@ async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, link: PeerLink, cance
                 let latest = facts.borrow_and_update().clone();
                 if write_body_in(link.version, &mut send, &latest).await.is_err() {
                     return;
+                }
+            }
+            changed = registry.changed(), if takes_entries => {
+                if changed.is_err() {
+                    return;
+                }
+                registry.mark_unchanged();
+                let (version, entries) = mesh.registry.since(told);
+                told = version;
+                for entry in entries {
+                    match write_body_in(link.version, &mut send, &entry).await {
+                        Ok(()) => {}
+                        // One that is too long for its frame: the others are not.
+                        Err(FrameError::Wire(error)) => tracing::error!(%error, "an entry of the registry is not sent"),
+                        Err(_) => return,
+                    }
                 }
             }
             () = cancel.cancelled() => {
@@ -211,7 +232,10 @@ async fn receive_facts(mesh: Arc<Mesh>, mut receive: RecvStream, link: PeerLink)
             Goodbye::KIND => Goodbye::decode_for(&frame, link.version).map(|goodbye| {
                 mesh.roster.left(link.node, link.connection.stable_id(), &goodbye.why);
             }),
-            got => Err(WireError::Unexpected { expected: "facts or a goodbye", got }),
+            RegistryEntry::KIND => {
+                RegistryEntry::decode_for(&frame, link.version).map(|entry| mesh.registry.receive(link.node, &entry))
+            }
+            got => Err(WireError::Unexpected { expected: "facts, an entry of the registry or a goodbye", got }),
         };
         if let Err(error) = accepted {
             return link.close(&error.to_string());

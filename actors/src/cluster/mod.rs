@@ -40,6 +40,7 @@ pub use roster::{Member, Roster};
 
 use crate::identity::{Identity, IdentityError, TlsConfigs, TokenBook};
 use crate::platform::{read_optional, write_private};
+use crate::registry::ModelRegistry;
 use crate::worker::Workers;
 use control::ControlPlane;
 
@@ -60,6 +61,8 @@ pub struct MeshOptions {
     pub mdns: bool,
     /// This node's engines.
     pub workers: Arc<Workers>,
+    /// The household's models.
+    pub registry: Arc<ModelRegistry>,
 }
 
 /// This node's part in its cluster.
@@ -87,12 +90,14 @@ pub struct Mesh {
     pub tokens: TokenBook,
     /// This node's engines.
     pub workers: Arc<Workers>,
+    /// The household's models.
+    registry: Arc<ModelRegistry>,
 }
 
 impl Mesh {
     /// Starts everything: accepting, dialling, discovery, control plane, renewal.
     pub async fn start(options: MeshOptions) -> Result<Arc<Self>, IdentityError> {
-        let MeshOptions { identity, state_dir, endpoint, mut facts, peers, mdns, workers } = options;
+        let MeshOptions { identity, state_dir, endpoint, mut facts, peers, mdns, workers, registry } = options;
         let tls = TlsConfigs::new(&identity, endpoint::transport())?;
         endpoint.set_server_config(Some(tls.server));
         let own_id = identity.names.node;
@@ -116,6 +121,7 @@ impl Mesh {
             cancel: CancellationToken::new(),
             roster: Roster::new(own_id),
             workers,
+            registry,
         });
         for hint in mesh.remembered() {
             mesh.roster.hear_of(&hint);

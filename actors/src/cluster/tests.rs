@@ -29,6 +29,7 @@ async fn a_certificate_that_is_due_is_renewed_by_itself() {
         peers: vec![],
         mdns: false,
         workers: Arc::default(),
+        registry: ModelRegistry::open(folder.path()).unwrap(),
     })
     .await
     .unwrap();

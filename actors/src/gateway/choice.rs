@@ -16,6 +16,7 @@ use super::engines::{Engine, Engines};
 use super::journal::Considered;
 use super::offers::{Offer, default_name};
 use super::{DEFAULT_MODEL, GatewayError};
+use crate::registry::ModelRegistry;
 
 /// What a client is told to wait where nobody knows better.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -36,9 +37,12 @@ pub(super) struct Wanted {
 }
 
 /// The name that a request means.
-pub(super) fn resolve(offers: &[Offer], asked: &str) -> Result<String, GatewayError> {
+pub(super) fn resolve(offers: &[Offer], registry: &ModelRegistry, asked: &str) -> Result<String, GatewayError> {
     let asked = asked.trim();
-    let name = if asked.is_empty() || asked == DEFAULT_MODEL { default_name(offers) } else { Some(asked.into()) };
+    let name = match asked.is_empty() || asked == DEFAULT_MODEL {
+        true => default_name(offers, &registry.default_route()),
+        false => Some(asked.to_owned()),
+    };
     let Some(name) = name else {
         let why = match offers.first() {
             None => {
@@ -54,9 +58,18 @@ pub(super) fn resolve(offers: &[Offer], asked: &str) -> Result<String, GatewayEr
     if offers.iter().any(|offer| offer.facts.name == name) {
         return Ok(name);
     }
-    let near = near(&name, offers.iter().map(|offer| offer.facts.name.as_str()));
-    let near = near.into_iter().map(str::to_owned).collect();
-    let mut known: Vec<String> = offers.iter().map(|offer| offer.facts.name.clone()).collect();
+    let mut known = registry.names();
+    if known.contains(&name) {
+        let why = format!("The model `{name}` is registered, but no machine has it loaded now.");
+        return Err(GatewayError::NoWorker { why, retry_after: RETRY_AFTER * 5 });
+    }
+    if asked != name {
+        let why =
+            format!("The default model `{name}` is on no machine now: choose another with `ingle models set-default`.");
+        return Err(GatewayError::NoWorker { why, retry_after: RETRY_AFTER * 5 });
+    }
+    known.extend(offers.iter().map(|offer| offer.facts.name.clone()));
+    let near = near(&name, known.iter().map(String::as_str)).into_iter().map(str::to_owned).collect();
     known.sort_unstable();
     known.dedup();
     Err(GatewayError::UnknownModel { model: name, near, known })

@@ -30,6 +30,7 @@ use super::warming::{Warming, is_cold};
 use super::{ChatRequest, GatewayError, OfferedModel, Reply};
 use crate::cluster::Mesh;
 use crate::monitor::{Latencies, Outcome, request_span};
+use crate::registry::ModelRegistry;
 use crate::worker::{ANSWER_BUFFER, Workers};
 
 /// When an answer counts as begun although no token has come: long prompts must not keep a client without headers.
@@ -48,6 +49,7 @@ pub(super) struct Router {
     started: Instant,
     mesh: Arc<ArcSwapOption<Mesh>>,
     pub workers: Arc<Workers>,
+    registry: Arc<ModelRegistry>,
     pub engines: Engines,
     admission: Arc<Admission>,
     pub warming: Warming,
@@ -214,12 +216,19 @@ impl Router {
 
 impl Gateway {
     /// A router over this node's workers and whatever mesh there is. [`Gateway::run`] must run beside it.
-    pub fn new(name: &str, mesh: Arc<ArcSwapOption<Mesh>>, workers: Arc<Workers>, options: AdmissionOptions) -> Self {
+    pub fn new(
+        name: &str,
+        mesh: Arc<ArcSwapOption<Mesh>>,
+        workers: Arc<Workers>,
+        registry: Arc<ModelRegistry>,
+        options: AdmissionOptions,
+    ) -> Self {
         Self(Arc::new(Router {
             name: name.to_owned(),
             started: Instant::now(),
             mesh,
             workers,
+            registry,
             engines: Engines::default(),
             admission: Arc::default(),
             warming: Warming::new(options.queued),
@@ -284,7 +293,7 @@ impl Gateway {
     /// All models of the cluster, ready or not, the default one first.
     pub fn models(&self) -> Vec<OfferedModel> {
         let offers = self.0.offers();
-        let default = default_name(&offers);
+        let default = default_name(&offers, &self.0.registry.default_route());
         let mut first_heard = self.0.first_heard.lock().unwrap_or_else(PoisonError::into_inner);
         let mut models: Vec<OfferedModel> = Vec::new();
         for offer in &offers {
@@ -320,7 +329,7 @@ impl Gateway {
     /// Nobody can answer for the model now, but somebody will: whoever asks for it waits.
     pub fn is_waited_for(&self, model: &str) -> bool {
         let offers = self.0.offers();
-        choice::resolve(&offers, model)
+        choice::resolve(&offers, &self.0.registry, model)
             .is_ok_and(|name| is_cold(&offers, &name) && self.0.coming(&offers, &name).is_some())
     }
 
@@ -345,7 +354,7 @@ impl Gateway {
         };
         let span = request_span("route", &request);
         async {
-            request.model = choice::resolve(&self.0.offers(), &request.model)?;
+            request.model = choice::resolve(&self.0.offers(), &self.0.registry, &request.model)?;
             let offers = self.0.warm_up(&request, deadline).await?;
             self.0.retries.lock().unwrap_or_else(PoisonError::into_inner).request(self.0.now());
             let nobody = || choice::nobody(&offers, &self.0.engines, &request.model, self.0.now());

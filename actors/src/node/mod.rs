@@ -5,6 +5,7 @@ mod models;
 mod options;
 mod parameter_file;
 mod parameters;
+mod registering;
 mod setting;
 mod state_dir;
 
@@ -26,6 +27,7 @@ pub use parameters::{
     Change, GivenParameters, KvKind, Layers, ModelParameters, Outcome, Parameter, ParameterChanges, ParameterError,
     ParameterValue, ShownParameter, ShownParameters, Source,
 };
+pub use registering::{ModelDetails, Registered, Registration};
 pub use setting::{set_offline, show_offline};
 
 use crate::cluster::{self, Mesh, MeshOptions};
@@ -34,9 +36,10 @@ use crate::identity::Identity;
 use crate::models::ClientError;
 use crate::monitor::ClusterStatus;
 use crate::platform::{FileLock, create_private_dir, hardware};
+use crate::registry::{self, EndpointKeeper, ModelRegistry};
 use crate::supervisor::{Service, Supervision};
 use crate::worker::manager::{LoadError, ManagerOptions, ModelManager};
-use crate::worker::{EndpointWorker, Worker, Workers};
+use crate::worker::{EndpointWorker, ModelWorker, Worker, Workers};
 use joining::{join_cluster, mint};
 pub(crate) use state_dir::check_model_file;
 use state_dir::{load_or_found, open_state_dir, quic_error, state_dir_error};
@@ -48,6 +51,9 @@ pub struct Node {
     mesh: Arc<ArcSwapOption<Mesh>>,
     workers: Arc<Workers>,
     models: Arc<ModelManager>,
+    registry: Arc<ModelRegistry>,
+    /// Held while parameters are set here.
+    setting: Arc<tokio::sync::Mutex<()>>,
     endpoints: Vec<Arc<EndpointWorker>>,
     gateway: Gateway,
     supervision: Supervision,
@@ -76,6 +82,8 @@ impl Node {
         load_or_found(&options.state_dir, &options.name)?;
         let endpoint = cluster::bind(options.quic).map_err(|error| quic_error(options.quic, &error))?;
 
+        let registry =
+            ModelRegistry::open(&options.state_dir).map_err(|error| state_dir_error(&options.state_dir, &error))?;
         let workers = Arc::new(Workers::default());
         let models = ModelManager::new(manager_options(&options), workers.clone())
             .map_err(|error: LoadError| StartError::Other(error.to_string()))?;
@@ -93,15 +101,24 @@ impl Node {
         let mesh: Arc<ArcSwapOption<Mesh>> = Arc::default();
         let rejoin = Arc::new(Notify::new());
         let (starts, mut started) = watch::channel(0u64);
-        let gateway = Gateway::new(&options.name, mesh.clone(), workers.clone(), options.admission);
+        let gateway = Gateway::new(&options.name, mesh.clone(), workers.clone(), registry.clone(), options.admission);
         let watching = gateway.clone();
         let mut services = vec![
             Service::new("gateway", move |cancel| watching.clone().run(cancel)),
-            cluster_service(&options, endpoint, mesh.clone(), workers.clone(), rejoin.clone(), starts),
+            cluster_service(
+                &options,
+                endpoint,
+                mesh.clone(),
+                (workers.clone(), registry.clone()),
+                rejoin.clone(),
+                starts,
+            ),
             facts_service(mesh.clone(), workers.clone()),
         ];
         let keeping = models.clone();
         services.push(Service::new("models", move |cancel| keeping.clone().run(cancel)));
+        let setting: Arc<tokio::sync::Mutex<()>> = Arc::default();
+        services.extend(registry_services(&options, &registry, &workers, models.own().as_ref(), &setting));
         for worker in &endpoints {
             let worker = worker.clone();
             services.push(Service::new("endpoint", move |cancel| worker.clone().run(cancel)));
@@ -121,6 +138,8 @@ impl Node {
             mesh,
             workers,
             models,
+            registry,
+            setting,
             endpoints,
             gateway,
             supervision,
@@ -165,6 +184,7 @@ impl Node {
         status.waiting = self.gateway.waiting();
         status.problems = self.supervision.problems.list();
         status.problems.extend(self.models.problems());
+        status.problems.extend(self.registry_problems());
         status.problems.extend(self.endpoints.iter().filter_map(|endpoint| endpoint.problem()));
         Ok(status)
     }
@@ -226,7 +246,8 @@ impl Node {
         let _one_at_a_time = self.joining.lock().await;
         let mesh = self.mesh.load_full().ok_or_else(|| JoinError("this node is changing its cluster".into()))?;
         mesh.freeze(true);
-        let joined = join_cluster(&self.options.state_dir, &self.options.name, &options, mesh.company()).await;
+        let joined =
+            join_cluster(&self.options.state_dir, &self.options.name, &options, mesh.company(), &self.registry).await;
         // What was stored stands; where nothing was, the mesh goes on as before.
         let joined = joined.inspect_err(|_| mesh.freeze(false))?;
         let mut started = self.started.clone();
@@ -280,12 +301,36 @@ fn manager_options(options: &NodeOptions) -> ManagerOptions {
     }
 }
 
+/// What keeps the registry and does on this node what it says.
+fn registry_services(
+    options: &NodeOptions,
+    registry: &Arc<ModelRegistry>,
+    workers: &Arc<Workers>,
+    model: Option<&Arc<ModelWorker>>,
+    setting: &Arc<tokio::sync::Mutex<()>>,
+) -> Vec<Service> {
+    let keeping = registry.clone();
+    let keeper =
+        Arc::new(EndpointKeeper { own: options.name.clone(), registry: registry.clone(), workers: workers.clone() });
+    let mut services = vec![
+        Service::new("registry", move |cancel| keeping.clone().keep(cancel)),
+        Service::new("endpoints", move |cancel| keeper.clone().run(cancel)),
+    ];
+    if let Some(model) = model {
+        let (registry, model, setting) = (registry.clone(), model.clone(), setting.clone());
+        services.push(Service::new("parameters", move |cancel| {
+            registry::follow(registry.clone(), model.clone(), setting.clone(), cancel)
+        }));
+    }
+    services
+}
+
 /// Runs the mesh; starts it anew when the identity on disk was replaced.
 fn cluster_service(
     options: &NodeOptions,
     endpoint: quinn::Endpoint,
     current: Arc<ArcSwapOption<Mesh>>,
-    workers: Arc<Workers>,
+    (workers, registry): (Arc<Workers>, Arc<ModelRegistry>),
     rejoin: Arc<Notify>,
     starts: watch::Sender<u64>,
 ) -> Service {
@@ -294,6 +339,7 @@ fn cluster_service(
     Service::new("cluster", move |cancel| {
         let (options, endpoint, current) = (options.clone(), endpoint.clone(), current.clone());
         let (workers, rejoin, starts) = (workers.clone(), rejoin.clone(), starts.clone());
+        let registry = registry.clone();
         async move {
             loop {
                 let identity = Identity::load(&options.state_dir)
@@ -307,6 +353,7 @@ fn cluster_service(
                     peers: options.peers.clone(),
                     mdns: options.mdns,
                     workers: workers.clone(),
+                    registry: registry.clone(),
                 })
                 .await
                 .map_err(|error| error.to_string())?;

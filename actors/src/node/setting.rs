@@ -29,22 +29,31 @@ impl Node {
         Ok(model)
     }
 
-    /// The parameters of one of this node's models; `default` means the configuration's.
-    pub fn parameters(&self, model: &str) -> Result<ShownParameters, String> {
-        Ok(self.model_named(model)?.parameters())
-    }
-
-    /// Changes parameters of one of this node's models; returns when they hold. An error says why everything is as it
-    /// was.
+    /// Changes parameters of this node's own model or of a registered one; returns when they hold here, or are known
+    /// to the cluster where another node runs it. An error says why everything is as it was.
     pub async fn set_parameters(&self, model: &str, request: ChangeRequest, said: Said) -> Result<Outcome, String> {
         if !self.is_accepting() {
             return Err("this node is shutting down".into());
         }
-        self.model_named(model)?.set_parameters(request, said).await
+        let name = self.meant(model);
+        let is_registered = self.registry.model(&name).is_some();
+        // What the registry says must not be taken for news while the model has it and the registry does not.
+        let busy = |_| "another change is under way: try again when it is done".to_owned();
+        let _one_at_a_time = self.setting.try_lock().map_err(busy)?;
+        if is_registered && self.model_named(&name).is_err() {
+            return self.register_parameters(&name, &request.changes).await;
+        }
+        let changes = request.changes.clone();
+        let outcome = self.model_named(&name)?.set_parameters(request, said).await?;
+        if is_registered {
+            let noted = self.register_parameters(&name, &changes).await;
+            noted.map_err(|why| format!("it holds on this machine, but is not registered: {why}"))?;
+        }
+        Ok(outcome)
     }
 }
 
-fn no_model(asked: &str) -> String {
+pub(super) fn no_model(asked: &str) -> String {
     format!("this node runs no model, so there is no `{asked}` to set: type it on the machine that runs it")
 }
 

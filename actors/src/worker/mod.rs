@@ -316,7 +316,7 @@ fn loading(model: &str, wait: Duration) -> mpsc::Receiver<Answer> {
 }
 
 /// An answer that is one refusal.
-fn refused(kind: RefusalKind, message: String) -> mpsc::Receiver<Answer> {
+pub(crate) fn refused(kind: RefusalKind, message: String) -> mpsc::Receiver<Answer> {
     only_refusal(Refused { kind, message, param: None, retry_after_ms: kind.is_retryable().then_some(1_000) })
 }
 

@@ -20,8 +20,8 @@ use super::order::{ChangeRequest, Order, Said};
 use super::route::{Route, Uses};
 use crate::models::{ModelStore, default_model};
 use crate::node::{
-    DeviceKind, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError, ParameterFile,
-    ShownParameters,
+    DeviceKind, GivenParameters, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError,
+    ParameterFile, ShownParameters,
 };
 
 /// What an echo engine is called.
@@ -211,6 +211,11 @@ impl ModelWorker {
             }
         }
         ShownParameters { model: status.name.clone(), parameters }
+    }
+
+    /// What was set by command.
+    pub(crate) fn set_by_command(&self) -> GivenParameters {
+        self.status().parameters.set.clone()
     }
 
     /// Changes parameters and returns when they hold, or are refused and everything is as it was. Dropping this does

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use ingle_actors::models::quantize::Target;
 
+use super::registry::{AddModel, ListModels, PinModel, RemoveModel, SetDefault};
+
 /// Options of `ingle models`.
 #[derive(Debug, Args)]
 pub struct Models {
@@ -16,9 +18,27 @@ pub struct Models {
 /// What to do with model files.
 #[derive(Debug, Subcommand)]
 pub enum ModelsCommand {
-    /// Show a model's parameters: their values, where they come from, and what a change takes
+    /// Register a model on all nodes: a file that they can run, or a server elsewhere that answers
+    ///
+    /// Nothing is registered where something is wrong with it. A server is asked by this machine's node, at once and
+    /// whenever it is started again, or by the nodes named with --pin; all nodes answer with it.
+    Add(AddModel),
+    /// Remove a registered model on all nodes; an endpoint's answers finish first
+    Rm(RemoveModel),
+    /// Choose the model that `default` means, and that requests without a model get, on all nodes
+    SetDefault(SetDefault),
+    /// Name the nodes that are to have a model
+    Pin(PinModel),
+    /// List the household's models
+    #[command(alias = "list")]
+    Ls(ListModels),
+    /// Show how the models are on all nodes; with --verbose also what the registry says of them
+    Status(ListModels),
+    /// Show a model: its parameters, where they come from and what a change takes, and what the registry says of it
     Show(ShowParameters),
-    /// Set parameters of this machine's model, while it runs where that is possible
+    /// Set parameters of a model, while it runs where that is possible
+    ///
+    /// Works on the machine that runs the model, and for a registered model on any.
     ///
     /// max_tokens, prefill_budget, threads and batch_size (as far as `show` says) change without a gap. The others
     /// start a second engine beside the running one, which finishes its answers; where memory is too small for both,

@@ -30,6 +30,7 @@ const RUNTIME_END: Duration = Duration::from_secs(1);
 pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let environment = Layer::from_environment(|name| std::env::var_os(name))?;
     let flags = cli.layer();
+    let verbose = cli.common.verbose > 0;
     if let Command::Engine(engine) = cli.command {
         return run_engine(engine, environment);
     }
@@ -45,7 +46,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Drain(drain) => block_on(one_thread()?, drain::run(&settings, drain))?,
         Command::Chat(chat) => block_on(one_thread()?, chat::run(&settings, chat))?,
         Command::Bench(bench) => block_on(many_threads()?, bench::run(&settings, bench))?,
-        Command::Models(models) => block_on(many_threads()?, models::run(&settings, models))?,
+        Command::Models(models) => block_on(many_threads()?, models::run(&settings, models, verbose))?,
         Command::Engine(_) => {}
     }
     Ok(ExitCode::SUCCESS)

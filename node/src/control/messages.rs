@@ -2,11 +2,13 @@
 
 use ingle_actors::gateway::RequestRecord;
 use ingle_actors::monitor::ClusterStatus;
-use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, ShownParameters};
+use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges};
 use ingle_actors::protocol::RequestId;
 use ingle_actors::worker::manager::{LoadRequest, SeenModel};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::models::{ModelsReply, ModelsRequest};
 
 /// The longest line. A chat text from standard input and the status of a large cluster fit well.
 pub const LINE_LIMIT: u64 = 8 << 20;
@@ -54,12 +56,7 @@ pub enum Request {
         /// Its name, or `default`.
         model: String,
     },
-    /// The parameters of the node's own model.
-    ShowParameters {
-        /// The model's name, or `default`.
-        model: String,
-    },
-    /// Change parameters of the node's own model.
+    /// Change parameters of the node's own model, or of a registered one.
     SetParameters {
         /// The model's name, or `default`.
         model: String,
@@ -68,6 +65,8 @@ pub enum Request {
         /// Let the engine finish and start it anew, also where a second one could take over.
         restart: bool,
     },
+    /// Something about the household's models.
+    Models(ModelsRequest),
     /// Answer a text.
     Chat {
         /// What the person says.
@@ -132,12 +131,12 @@ pub enum Reply {
         /// Milliseconds until the first token.
         ms: u64,
     },
-    /// To `ShowParameters`.
-    Parameters(ShownParameters),
     /// To `SetParameters` and `Load`: how far it is, in words. One comes every few seconds.
     Progress(String),
     /// To `SetParameters`: they hold, and how that came.
     ParametersSet(Outcome),
+    /// To `Models`.
+    Models(Box<ModelsReply>),
     /// To `Chat`: a piece of the answer.
     Text(String),
     /// To `Chat`: the answer is complete.

@@ -3,8 +3,10 @@
 mod client;
 mod loading;
 mod messages;
+mod models;
 mod server;
 
 pub use client::{Client, ControlError};
 pub use messages::{LoadedOn, Reply, Request};
+pub use models::{ModelsReply, ModelsRequest};
 pub use server::ControlServer;

@@ -184,8 +184,8 @@ async fn answer(node: Arc<Node>, request: Request) -> Reply {
             Request::Unload { model, limit_ms } => {
                 loading::unload(&node, &model, Duration::from_millis(limit_ms)).await
             }
-            Request::ShowParameters { model } => match node.parameters(&model) {
-                Ok(shown) => Reply::Parameters(shown),
+            Request::Models(request) => match Box::pin(super::models::answer(&node, request)).await {
+                Ok(reply) => Reply::Models(Box::new(reply)),
                 Err(why) => Reply::Error(why),
             },
             Request::Chat { .. } | Request::SetParameters { .. } | Request::Load(_) | Request::TestModel { .. } => {

@@ -6,6 +6,7 @@ mod load;
 mod parameters;
 mod progress;
 mod quantize;
+mod registry;
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -21,8 +22,15 @@ use crate::cli::{Models, ModelsCommand};
 use crate::config::Settings;
 
 /// Runs one of the commands.
-pub async fn run(settings: &Settings, models: Models) -> anyhow::Result<()> {
+/// `verbose` is the option of every command.
+pub async fn run(settings: &Settings, models: Models, verbose: bool) -> anyhow::Result<()> {
     match models.command {
+        ModelsCommand::Add(options) => registry::add(settings, options).await,
+        ModelsCommand::Rm(options) => registry::remove(settings, options).await,
+        ModelsCommand::SetDefault(options) => registry::set_default(settings, options).await,
+        ModelsCommand::Pin(options) => registry::pin(settings, options).await,
+        ModelsCommand::Ls(options) => registry::list(settings, options).await,
+        ModelsCommand::Status(options) => registry::status(settings, options, verbose).await,
         ModelsCommand::Show(options) => parameters::show(settings, options).await,
         ModelsCommand::Set(options) => parameters::set(settings, options).await,
         ModelsCommand::Load(options) => load::load(settings, options).await,
