@@ -13,6 +13,8 @@ stopped    The same with SIGSTOP: of node and engine, and of the engine alone, w
 streams    Greedy streams of a real model, a worker's node and engine killed in the middle of each round: how many have
            the text of an undisturbed stream (all wanted), and p99 of their widest gaps (at most 2 s wanted). Only
            streams that ran on the killed worker count.
+cut        Four machines on one switch (network namespaces; needs root, iproute2 and nftables): the packets of the
+           busiest worker are dropped for 8 s, both ways and one way. Wanted: 0 failed, requests again within 2 s.
 rolling    Three workers under load get SIGTERM and start again, one after the other. Wanted: 0 failed, 0 truncated.
 ingresses  Three ingress nodes behind nginx (configs/nginx.conf) likewise. Wanted: 0 failed, 0 truncated.
 """
@@ -25,13 +27,13 @@ import time
 from pathlib import Path
 
 from asking import Answer, ask, chat, failures, steadily
-from measuring import Node, Stage, cluster, free_port, machine, nginx, parser, quantile, say, send, table
+from measuring import Network, Node, Stage, cluster, free_port, machine, nginx, parser, quantile, say, send, table
 
 RATE = 60.0
 #: 24 tokens with 10 ms for each: at 60 requests/s about 15 are being answered, over three workers of 16 places.
 PROMPT = "repeat 4 every 10ms: hello "
 TEXT = "hello " * 4
-PARTS = ("killed", "stopped", "streams", "rolling", "ingresses")
+PARTS = ("killed", "stopped", "cut", "streams", "rolling", "ingresses")
 #: What an answer may take beyond its undisturbed time before it counts as slow.
 SLOW = 1.0
 
@@ -86,12 +88,17 @@ class Victim:
     def __init__(self, workers: list[Node], ingress: Node) -> None:
         self.workers, self.ingress, self.node, self.at, self.pids = workers, ingress, None, 0.0, []
 
-    def strike(self, what: signal.Signals, chosen: slice = slice(0, None)) -> None:
-        """Sends the signal to the chosen ones of its node and its engines, in this order."""
+    def choose(self) -> None:
+        """Now is its time."""
         status = self.ingress.status()
         busy = {node["name"]: sum(model["running"] for model in node["models"]) for node in status["nodes"]}
         self.node = max(self.workers, key=lambda worker: busy.get(worker.name, 0))
-        self.pids, self.at = self.node.pids()[chosen], time.monotonic()
+        self.at = time.monotonic()
+
+    def strike(self, what: signal.Signals, chosen: slice = slice(0, None)) -> None:
+        """Sends the signal to the chosen ones of its node and its engines, in this order."""
+        self.choose()
+        self.pids = self.node.pids()[chosen]
         signal_all(self.pids, what)
 
     def had(self, answers: list[Answer]) -> int:
@@ -130,6 +137,41 @@ def stopped(ingle: Path) -> list[dict]:
                     if answer.ok and answer.node == victim.node.name and answer.sent > resumed[0]]
             row = summary(what, answers, undisturbed)
             row |= {"hit": victim.had(answers), "back_after_s": round(min(back) - resumed[0], 2) if back else None}
+            rows.append(row)
+    return rows
+
+
+def cut(ingle: Path) -> list[dict]:
+    rows = []
+    for one_way in (False, True):
+        with Stage() as stage:
+            names = ["w1", "w2", "w3"]
+            network = Network(stage, names)
+            workers = [Node(stage, ingle, name, "echo", quic=f"{network.addresses[name]}:0", within=network.within(name))
+                       for name in names]
+            ingress = Node(stage, ingle, "in1", quic=f"{network.own}:0")
+            workers[0].up()
+            for node in (*workers[1:], ingress):
+                node.join(workers[0]).up()
+            ingress.until_ready(3)
+            undisturbed = asyncio.run(warm(ingress.http))
+            what = "packets to the worker dropped" if one_way else "packets from and to the worker dropped"
+            say(f"cut: {what} after 4 s, for 8 s")
+            victim, mended = Victim(workers, ingress), []
+
+            def mend() -> None:
+                network.mend()
+                mended.append(time.monotonic())
+
+            def strike() -> None:
+                victim.choose()
+                network.cut(victim.node.name, one_way)
+
+            answers = asyncio.run(during(22, ingress.http, (4, strike), (12, mend)))
+            back = [answer.sent for answer in answers
+                    if answer.ok and answer.node == victim.node.name and answer.sent > mended[0]]
+            row = summary(what, answers, undisturbed)
+            row |= {"hit": victim.had(answers), "back_after_s": round(min(back) - mended[0], 2) if back else None}
             rows.append(row)
     return rows
 
@@ -216,7 +258,8 @@ def rolling(ingle: Path) -> list[dict]:
 
 def ingresses(ingle: Path) -> list[dict]:
     with Stage() as stage:
-        _, gates = cluster(stage, ingle, 1, "echo", 3)
+        # One alone would be full at this rate.
+        _, gates = cluster(stage, ingle, 2, "echo", 3)
         port = free_port()
         config = (Path(__file__).parent.parent / "configs" / "nginx.conf").read_text()
         for n, gate in enumerate(gates):
@@ -230,7 +273,7 @@ def ingresses(ingle: Path) -> list[dict]:
         def one(gate: Node):
             def act() -> None:
                 restart(gate)
-                gate.until_ready(1)
+                gate.until_ready(2)
             return act
         answers = asyncio.run(during(25, to, *((3 + 7 * n, one(gate)) for n, gate in enumerate(gates))))
         return [summary("three ingress nodes behind nginx restarted by SIGTERM", answers, undisturbed)]
@@ -247,7 +290,7 @@ def main() -> None:
     if unknown := set(chosen) - set(PARTS):
         options.error(f"unknown parts: {', '.join(unknown)}")
     on, rows = machine(), []
-    for part, measure in (("killed", killed), ("stopped", stopped), ("rolling", rolling), ("ingresses", ingresses)):
+    for part, measure in (("killed", killed), ("stopped", stopped), ("cut", cut), ("rolling", rolling), ("ingresses", ingresses)):
         if part in chosen:
             rows += measure(given.ingle)
     greedy = streams(given.ingle, given.model, given.streams) if "streams" in chosen else []

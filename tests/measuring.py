@@ -199,6 +199,8 @@ class Node:
     config: str = ""
     quic: str = "127.0.0.1:0"
     http: str = "127.0.0.1:0"
+    #: Words in front of its command: where it runs.
+    within: list[str] = field(default_factory=list)
     process: subprocess.Popen | None = None
     started_s: float = 0.0
 
@@ -210,7 +212,7 @@ class Node:
         """Starts it and waits until it answers HTTP. The next run has the same addresses."""
         out = self.stage.folder / f"node-{self.name}.out"
         since = len(out.read_text()) if out.exists() else 0
-        words = [self.ingle, "up", "--state-dir", self.state, "--http", self.http, "--quic", self.quic, "--no-mdns",
+        words = [*self.within, self.ingle, "up", "--state-dir", self.state, "--http", self.http, "--quic", self.quic, "--no-mdns",
                  "--name", self.name, "--model", self.model, *self.options]
         if self.config:
             file = self.stage.folder / f"{self.name}.toml"
@@ -233,7 +235,7 @@ class Node:
         return tree(self.pid)
 
     def run(self, *words: object) -> subprocess.CompletedProcess:
-        return subprocess.run([str(self.ingle), *map(str, words), "--state-dir", str(self.state)], capture_output=True,
+        return subprocess.run([*self.within, str(self.ingle), *map(str, words), "--state-dir", str(self.state)], capture_output=True,
                               text=True, timeout=START_LIMIT)
 
     def status(self) -> dict:
@@ -291,6 +293,67 @@ def cluster(stage: Stage, ingle: Path, workers: int, model: str, ingresses: int 
     for node in ours:
         node.until_ready(workers)
     return ours[:workers], ours[workers:]
+
+
+# ---------------------------------------------------------------- machines of their own
+
+
+class Network:
+    """Machines with network stacks of their own on one switch, by Linux network namespaces and veth; this machine is
+    on it too, as `own`. Needs root, iproute2 and nftables."""
+
+    def __init__(self, stage: Stage, names: list[str]) -> None:
+        self.switch, self.own = f"ingle{os.getpid() % 10000}", "10.177.0.1"
+        self.addresses = {name: f"10.177.0.{n + 11}" for n, name in enumerate(names)}
+        stage.callback(self.remove)
+        self.words("ip", "link", "add", self.switch, "type", "bridge")
+        self.words("ip", "address", "add", f"{self.own}/24", "dev", self.switch)
+        self.words("ip", "link", "set", self.switch, "up")
+        for name, address in self.addresses.items():
+            space = self.space(name)
+            self.words("ip", "netns", "add", space)
+            self.words("ip", "link", "add", f"{space}v", "type", "veth", "peer", "name", "eth0", "netns", space)
+            self.words("ip", "link", "set", f"{space}v", "master", self.switch, "up")
+            self.words("ip", "-n", space, "address", "add", f"{address}/24", "dev", "eth0")
+            self.words("ip", "-n", space, "link", "set", "eth0", "up")
+            self.words("ip", "-n", space, "link", "set", "lo", "up")
+
+    @staticmethod
+    def words(*words: str, text: str | None = None) -> None:
+        try:
+            done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=30)
+        except FileNotFoundError:
+            sys.exit(f"error: {words[0]} is not here (apt install iproute2 nftables)")
+        if done.returncode:
+            sys.exit(f"error: {' '.join(words)}: {done.stderr.strip()} (it takes root, and a kernel that allows it)")
+
+    def space(self, name: str) -> str:
+        return f"{self.switch}{name}"
+
+    def within(self, name: str) -> list[str]:
+        """Words that run a command on the machine."""
+        return ["ip", "netns", "exec", self.space(name)]
+
+    def cut(self, name: str, one_way: bool = False) -> None:
+        """Packets to the machine are dropped where they arrive, and, unless `one_way`, those that it sends too."""
+        drop = ("add table inet cut\nadd chain inet cut input {{ type filter hook input priority 0; }}\n"
+                "add rule inet cut input {} drop\n")
+        self.words(*self.within(name), "nft", "-f", "-", text=drop.format('iifname "eth0"'))
+        if not one_way:
+            self.words("nft", "-f", "-", text=drop.format(f"ip saddr {self.addresses[name]}"))
+            for other in self.addresses.keys() - {name}:
+                self.words(*self.within(other), "nft", "-f", "-", text=drop.format(f"ip saddr {self.addresses[name]}"))
+
+    def mend(self) -> None:
+        """All packets arrive again."""
+        for within in ([], *map(self.within, self.addresses)):
+            subprocess.run([*within, "nft", "delete", "table", "inet", "cut"], capture_output=True, timeout=30)
+
+    def remove(self) -> None:
+        self.mend()
+        for name in self.addresses:
+            subprocess.run(["ip", "netns", "delete", self.space(name)], capture_output=True, timeout=30)
+        subprocess.run(["ip", "link", "delete", self.switch], capture_output=True, timeout=30)
 
 
 # ---------------------------------------------------------------- nginx

@@ -10,9 +10,13 @@
 //!  │   ├─ a link for each peer        membership · control · pulse · inference streams on one connection
 //!  │   └── NodeServer (ractor_cluster)  sessions over our QUIC streams
 //!  │       └── ControlActor           one per node, known to all peers: commands and signs of life
-//!  ├── ServiceActor "model"           model file → engine process → restart budget of its own
-//!  │   └─ engine process              `ingle engine`, its own process: dies alone
+//!  ├── ServiceActor "models"          a keeper for each model: loads it when it is wanted, lets it go when it is not
+//!  │   └─ ModelWorker …               model file → engine process → restart budget of its own
+//!  │      └─ engine process           `ingle engine`, its own process: dies alone
 //!  ├── ServiceActor "endpoint" …      one for each server elsewhere that answers: asks it how it is
+//!  ├── ServiceActor "registry"        writes down what peers say of the household's models
+//!  ├── ServiceActor "endpoints"       the registered ones that are pinned to this node, come and go while it runs
+//!  ├── ServiceActor "parameters"      lets this node's own model have what the registry says of it
 //!  └── ServiceActor "monitor"         what the workers are, told to the mesh
 //! ```
 //!
@@ -28,6 +32,7 @@ pub mod models;
 pub mod monitor;
 pub mod node;
 pub mod platform;
+pub mod registry;
 pub mod supervisor;
 pub mod worker;
 

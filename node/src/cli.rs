@@ -9,10 +9,13 @@ use crate::config::Layer;
 use crate::logging::LogFormat;
 
 mod models;
+mod registry;
 
 pub use models::{
-    EmbedTexts, EvaluateModels, Models, ModelsCommand, QuantizeModel, SetParameters, ShowParameters, VerifyModels,
+    EmbedTexts, EvaluateModels, LoadModel, Models, ModelsCommand, QuantizeModel, SetParameters, ShowParameters,
+    TestModel, UnloadModel, VerifyModels,
 };
+pub use registry::{AddModel, ListModels, PinModel, RemoveModel, SetDefault};
 
 /// The machines of a home or small office as one private AI assistant.
 ///
@@ -72,6 +75,8 @@ pub enum Command {
     Token(Token),
     /// Show the nodes, their models and what they do
     Status(Status),
+    /// Show what is loaded on which node, and what it takes
+    Ps(Processes),
     /// Show who could have answered a request, who was asked, and why
     Explain(Explain),
     /// Let a node take nothing new, until its answers have finished or moved to other nodes
@@ -82,7 +87,7 @@ pub enum Command {
     ///
     /// Loads the model in this process; stop a node that uses the same processor first, as the two would share it.
     Bench(Bench),
-    /// Set a model's parameters, convert model files, and measure what that costs
+    /// Add, remove, load, unload and show models, set their parameters, convert model files, and measure what that costs
     Models(Models),
     /// The engine process, started by the node
     #[command(hide = true)]
@@ -186,6 +191,14 @@ pub struct Token {
 /// Options of `ingle status`.
 #[derive(Debug, Args)]
 pub struct Status {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `ingle ps`.
+#[derive(Debug, Args)]
+pub struct Processes {
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -6,10 +6,12 @@
 pub mod admission;
 pub mod ids;
 pub mod liveness;
+pub mod memory;
 pub mod names;
 pub mod prefix;
 pub mod raw_json;
 pub mod recovery;
+pub mod registry;
 pub mod routing;
 pub mod wire;
 

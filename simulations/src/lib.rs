@@ -3,5 +3,6 @@
 //! A scenario is a TOML file in `simulations/scenarios/` with its seeds; a seed that once failed is added to its file.
 //! `cargo sim` runs all of them.
 
+pub mod partition;
 pub mod scenario;
 pub mod world;

@@ -112,6 +112,16 @@ impl Machine {
         found.unwrap_or_else(|| panic!("{}: no answer within {DEADLINE:?}, but {last}", self.name))
     }
 
+    /// Asks for a stream whose model may have to be loaded first: who answers is not known when it begins.
+    pub async fn stream_when_ready(&self, body: &Value) -> Events {
+        let mut body = body.clone();
+        body["stream"] = true.into();
+        let response = client().post(self.url("/v1/chat/completions")).json(&body).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
+        Events { response, buffer: Vec::new(), node: String::new(), seen: Streamed::default() }
+    }
+
     /// Asks for a stream and returns when it has begun.
     pub async fn stream(&self, body: &Value) -> Events {
         let mut body = body.clone();

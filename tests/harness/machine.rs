@@ -51,6 +51,11 @@ impl Machine {
         }
     }
 
+    /// A machine whose node takes its model from its configuration file.
+    pub fn from_settings(name: &str) -> Self {
+        Self::new(name).model("")
+    }
+
     /// Which model its node runs, as `ingle up --model` takes it.
     pub fn model(mut self, model: &str) -> Self {
         self.model = model.into();
@@ -108,7 +113,10 @@ impl Machine {
         assert!(self.running.is_none(), "the node of {} runs already", self.name);
         self.runs += 1;
         let mut command = ingle();
-        command.args(["up", "--http", "127.0.0.1:0", "--name", &self.name, "--model", &self.model]);
+        command.args(["up", "--http", "127.0.0.1:0", "--name", &self.name]);
+        if !self.model.is_empty() {
+            command.args(["--model", &self.model]);
+        }
         command.args(["--quic", &self.quic]).args(&self.arguments);
         command.arg("--state-dir").arg(self.state_dir()).envs(self.environment.iter().map(|(n, v)| (n, v)));
         let file = |kind| Stdio::from(File::create(self.log_path(kind)).unwrap());
@@ -204,6 +212,14 @@ impl Machine {
         let ran = self.ingle(&[&["models", "set", model, "--json"], values].concat()).await;
         let said: Value = serde_json::from_str(&ran.ok()).unwrap();
         said["outcome"].as_str().unwrap().to_owned()
+    }
+
+    /// `ingle ps`: the models of this machine's node by their names.
+    pub async fn processes(&self) -> BTreeMap<String, Value> {
+        let nodes: Value = serde_json::from_str(&self.ingle(&["ps", "--json"]).await.ok()).unwrap();
+        let own = nodes.as_array().unwrap().iter().find(|node| node["node"] == self.name.as_str()).unwrap();
+        let models = own["models"].as_array().unwrap().iter();
+        models.map(|model| (model["name"].as_str().unwrap().to_owned(), model.clone())).collect()
     }
 
     /// `ingle models show` of its model, by the parameters' names.

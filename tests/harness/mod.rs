@@ -9,6 +9,7 @@ mod http;
 mod machine;
 mod process;
 mod quic;
+mod registry;
 mod status;
 
 use std::time::Duration;
@@ -19,6 +20,7 @@ pub use http::{Answer, Events, Streamed, client};
 pub use machine::Machine;
 pub use process::{Ran, finish, ingle, is_alive, kill, listening_ports, run};
 pub use quic::{Certificate, QuicClient, tls};
+pub use registry::to;
 pub use status::Status;
 
 pub use rustix::process::Signal;

@@ -46,6 +46,8 @@ pub use engine::Engine;
 pub use error::{AdjustError, EngineError};
 pub use inspect::{ModelSummary, inspect};
 pub use kernels::{InstructionSet, KvType};
+pub use memory::available as available_memory;
+pub use model::{MemoryNeed, memory_need, memory_need_of_echo};
 pub use sampler::{BitMask, TokenMask};
 pub use snapshot::EngineSnapshot;
 pub use spec::{

@@ -4,7 +4,7 @@ use crate::EngineError;
 use crate::gguf::Gguf;
 
 /// What an engine needs beside weights, keys and values.
-const OVERHEAD: u64 = 100 << 20;
+pub(crate) const OVERHEAD: u64 = 100 << 20;
 
 /// Refuses a model whose weights with `kv` bytes of keys and values are more than what is free. Where the system
 /// does not say what is free, nothing is refused.
@@ -20,7 +20,7 @@ pub(crate) fn refuse_too_large(gguf: &Gguf, kv: u64) -> Result<(), EngineError> 
 
 /// Bytes that can be had without swapping: the system's word, and the limit of our control group if there is one.
 #[cfg(target_os = "linux")]
-pub(crate) fn available() -> Option<u64> {
+pub fn available() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -32,7 +32,7 @@ pub(crate) fn available() -> Option<u64> {
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn available() -> Option<u64> {
+pub fn available() -> Option<u64> {
     None
 }
 

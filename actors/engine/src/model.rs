@@ -27,6 +27,7 @@ pub(crate) mod architecture;
 mod attention;
 mod kv;
 mod linear;
+mod need;
 pub(crate) mod packed_file;
 pub(crate) mod rotary;
 pub(crate) mod weights;
@@ -38,6 +39,8 @@ use architecture::Family;
 pub use architecture::Hyperparameters;
 use kv::KvStore;
 use linear::host;
+use need::Lengths;
+pub use need::{MemoryNeed, memory_need, memory_need_of_echo};
 use rotary::{Angles, Rotary};
 use weights::Weights;
 
@@ -90,17 +93,13 @@ impl Model {
     pub(crate) fn load(gguf: Arc<Gguf>, placement: Placement, options: &ModelOptions) -> Result<Self, EngineError> {
         let Placement { place, backend, numerics } = placement;
         let hyperparameters = Hyperparameters::from_gguf(&gguf)?;
-        let own = hyperparameters.context_length;
-        let slots = options.slots.max(1);
-        let context_length = options.context_length.unwrap_or(own).min(own).max(2);
+        let Lengths { context: context_length, for_one, for_all } = Lengths::of(&hyperparameters, options);
         let damaged = |why| EngineError::Gguf { path: gguf.path().into(), why };
         weights::refuse_other_tensors(&gguf, &hyperparameters)?;
         let embedding = gguf.tensor("token_embd.weight").and_then(Format::of).map_err(damaged)?;
         let rotary = Rotary::pair(&gguf, &hyperparameters, context_length)?;
-        let for_one = context_length.div_ceil(KV_BLOCK as u32);
         // One sequence must always fit, or a full context could never be answered.
-        let all = u64::from(for_one).saturating_mul(slots.into()).min(u32::MAX.into());
-        let fitting = |affordable: u64| all.min(affordable).max(for_one.into()) as u32;
+        let fitting = |affordable: u64| for_all.min(affordable).max(for_one.into()) as u32;
         let (compute, blocks, backend, numerics) = match place {
             Place::Cpu => {
                 let (cpu, blocks) = OnCpu::load(&gguf, &hyperparameters, fitting, options)?;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{IdleTimeout, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// A silent peer is gone after this long: the bound on how late we learn of a dead machine.
@@ -18,6 +18,9 @@ const MOST_STREAMS: u32 = 1_024;
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
+/// Packets that may come before one goes back, within 25 ms.
+const ACKNOWLEDGED_AFTER: u32 = 9;
+
 /// Limits of every connection.
 pub fn transport() -> Arc<TransportConfig> {
     let mut transport = TransportConfig::default();
@@ -29,6 +32,10 @@ pub fn transport() -> Arc<TransportConfig> {
     transport.stream_receive_window(STREAM_WINDOW.into());
     transport.receive_window(CONNECTION_WINDOW.into());
     transport.send_window(CONNECTION_WINDOW.into());
+    // Tokens come one to a packet, in a stream that is acknowledged soon enough by what goes back anyway.
+    let mut acknowledging = AckFrequencyConfig::default();
+    acknowledging.ack_eliciting_threshold(ACKNOWLEDGED_AFTER.into());
+    transport.ack_frequency_config(Some(acknowledging));
     Arc::new(transport)
 }
 

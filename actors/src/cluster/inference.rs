@@ -1,27 +1,30 @@
 //! Requests between nodes: one bidirectional QUIC stream for each.
 
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bytes::{BufMut, BytesMut};
 use ingle_protocol::wire::v2::{Failed, FailureKind, RefusalKind, Refused, Request};
-use ingle_protocol::wire::{Answer, StreamKind, Version};
+use ingle_protocol::wire::{Answer, StreamKind, Version, Versioned};
 use quinn::{RecvStream, SendStream, VarInt};
-use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Sleep, sleep, timeout};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::Mesh;
-use super::link::{PeerLink, STREAM_DEADLINE, open_stream};
-use crate::frames::{FrameError, read_body_in, read_frame_in, write_body_in, write_frame};
-use crate::worker::{ANSWER_BUFFER, SILENCE_LIMIT};
+use super::link::{PeerLink, STREAM_DEADLINE, open_unnamed};
+use crate::frames::{FrameError, FrameReader, read_body_in};
+use crate::worker::SILENCE_LIMIT;
 
 /// How long a request waits for a free stream to the peer before it counts as busy.
 const OPEN_DEADLINE: Duration = Duration::from_millis(250);
+/// Frames of one answer go out together up to about so many bytes.
+const BATCH: usize = 16 << 10;
 /// Why a stream was stopped: the client left.
 const CLIENT_LEFT: VarInt = VarInt::from_u32(1);
 
-/// Sends the request to a member. The frames of the answer arrive on the channel, which always ends with a last
-/// frame; dropping it cancels the request there.
-pub async fn submit_remote(link: &PeerLink, request: &Request) -> Result<mpsc::Receiver<Answer>, Refused> {
+/// Sends the request to a member.
+pub async fn submit_remote(link: &PeerLink, request: &Request) -> Result<RemoteAnswers, Refused> {
     let busy = |error: FrameError| Refused {
         kind: RefusalKind::Busy,
         message: format!("the worker node takes no more requests now ({error})"),
@@ -29,54 +32,93 @@ pub async fn submit_remote(link: &PeerLink, request: &Request) -> Result<mpsc::R
         retry_after_ms: Some(1_000),
     };
     let (on_link, version) = (link.requests.token(), link.version);
-    let (mut send, receive) =
-        open_stream(&link.connection, StreamKind::Inference, OPEN_DEADLINE).await.map_err(busy)?;
-    match timeout(STREAM_DEADLINE, write_body_in(link.version, &mut send, request)).await {
-        Ok(written) => written.map_err(busy)?,
+    let frame = request.encode_for(version).map_err(|error| busy(error.into()))?;
+    let mut bytes = BytesMut::with_capacity(frame.body.len() + 16);
+    bytes.put_u8(StreamKind::Inference as u8);
+    frame.write(&mut bytes);
+    let (mut send, receive) = open_unnamed(&link.connection, OPEN_DEADLINE).await.map_err(busy)?;
+    match timeout(STREAM_DEADLINE, send.write_all(&bytes)).await {
+        Ok(written) => written.map_err(|error| busy(FrameError::Io(error.into())))?,
         Err(_) => return Err(busy(FrameError::Ended)),
     }
-    let (answers, reader) = mpsc::channel(ANSWER_BUFFER);
-    tokio::spawn(async move {
-        let _on_link = on_link;
-        relay_answers(version, send, receive, answers).await;
-    });
-    Ok(reader)
+    Ok(RemoteAnswers {
+        version,
+        send,
+        receive,
+        frames: FrameReader::new(version),
+        waits: None,
+        silence: Box::pin(sleep(SILENCE_LIMIT)),
+        any_token: false,
+        over: false,
+        _on_link: on_link,
+    })
 }
 
-/// Frames from the stream into the channel. Owned by the reply: it ends when the reply is dropped.
-async fn relay_answers(version: Version, mut send: SendStream, mut receive: RecvStream, answers: mpsc::Sender<Answer>) {
-    let mut any_token = false;
-    loop {
-        let read = tokio::select! {
-            biased;
-            () = answers.closed() => break,
-            read = timeout(SILENCE_LIMIT, read_frame_in(version, &mut receive)) => read,
+/// The answer of a member: frames as they come, always with a last one. Dropping it cancels the request there.
+#[derive(Debug)]
+pub struct RemoteAnswers {
+    version: Version,
+    send: SendStream,
+    receive: RecvStream,
+    frames: FrameReader,
+    /// Since when the next frame is waited for; `None` while nobody asks for it.
+    waits: Option<Instant>,
+    /// Looks at `waits` every now and then: cheaper than a timer for each frame.
+    silence: Pin<Box<Sleep>>,
+    any_token: bool,
+    over: bool,
+    /// The connection stays for as long as this lives.
+    _on_link: TaskTrackerToken,
+}
+
+impl RemoteAnswers {
+    /// The next frame; `None` behind the last one. Loses nothing where it is dropped before its end.
+    pub async fn recv(&mut self) -> Option<Answer> {
+        if self.over {
+            return None;
+        }
+        let waits = *self.waits.get_or_insert_with(Instant::now);
+        let read = loop {
+            tokio::select! {
+                biased;
+                read = self.frames.next(&mut self.receive) => break Some(read),
+                () = &mut self.silence => {}
+            }
+            let until = waits + SILENCE_LIMIT;
+            if Instant::now() >= until {
+                break None;
+            }
+            self.silence.as_mut().reset(until.into());
         };
+        self.waits = None;
         let answer = match read {
-            Ok(Ok(Some(frame))) => Answer::decode_for(&frame, version).map_err(FrameError::from),
-            Ok(Ok(None)) => Err(FrameError::Ended),
-            Ok(Err(error)) => Err(error),
-            Err(_) => {
+            Some(Ok(Some(frame))) => Answer::decode_for(&frame, self.version).map_err(FrameError::from),
+            Some(Ok(None)) => Err(FrameError::Ended),
+            Some(Err(error)) => Err(error),
+            None => {
                 let message = "the worker node went silent in the middle of the answer".to_owned();
                 let kind = FailureKind::WorkerSilent;
-                Ok(Answer::Failed(Failed { kind, message, retryable: !any_token, migratable: true }))
+                Ok(Answer::Failed(Failed { kind, message, retryable: !self.any_token, migratable: true }))
             }
         };
         let answer = answer.unwrap_or_else(|error| {
             let kind =
                 if matches!(error, FrameError::Wire(_)) { FailureKind::Protocol } else { FailureKind::ConnectionLost };
             let message = format!("the connection to the worker node broke in the middle of the answer ({error})");
-            Answer::Failed(Failed { kind, message, retryable: !any_token, migratable: true })
+            Answer::Failed(Failed { kind, message, retryable: !self.any_token, migratable: true })
         });
-        any_token |= matches!(answer, Answer::Token(_));
-        let last = answer.is_last();
-        if answers.send(answer).await.is_err() || last {
-            break;
-        }
+        self.any_token |= matches!(answer, Answer::Token(_));
+        self.over = answer.is_last();
+        Some(answer)
     }
-    // Whatever the reason for the end: the other side must not go on.
-    let _ = receive.stop(CLIENT_LEFT);
-    let _ = send.reset(CLIENT_LEFT);
+}
+
+impl Drop for RemoteAnswers {
+    fn drop(&mut self) {
+        // Whatever the reason for the end: the other side must not go on.
+        let _ = self.receive.stop(CLIENT_LEFT);
+        let _ = self.send.reset(CLIENT_LEFT);
+    }
 }
 
 /// What a peer of an older version has got of an answer.
@@ -124,21 +166,33 @@ pub(super) async fn serve(mesh: Arc<Mesh>, version: Version, mut send: SendStrea
     let serving = async {
         let mut answers = mesh.workers.submit(request).await;
         let mut carried = Carried::default();
+        let mut stopped = std::pin::pin!(send.stopped());
         loop {
             let answer = tokio::select! {
                 biased;
                 // The client left, or the node that asked.
-                _ = send.stopped() => return,
+                _ = &mut stopped => return,
                 answer = answers.recv() => answer,
             };
-            let Some(answer) = answer else { return };
-            let answer = carried.check(version, answer);
-            let last = answer.is_last();
-            let Ok(frame) = answer.encode_for(version) else { return };
+            let Some(mut answer) = answer else { return };
+            // What is there already goes out together.
+            let mut bytes = BytesMut::new();
+            let last = loop {
+                answer = carried.check(version, answer);
+                let Ok(frame) = answer.encode_for(version) else { return };
+                frame.write(&mut bytes);
+                if answer.is_last() || bytes.len() >= BATCH {
+                    break answer.is_last();
+                }
+                match answers.try_recv() {
+                    Some(next) => answer = next,
+                    None => break false,
+                }
+            };
             // A peer that does not read holds this up, which fills the channel, which pauses the sequence.
             let written = tokio::select! {
                 biased;
-                written = write_frame(&mut send, &frame) => written,
+                written = send.write_all(&bytes) => written,
                 () = mesh.cancel.cancelled() => return,
             };
             if written.is_err() {

@@ -340,6 +340,5 @@ fn decide(
 
 /// Names go into certificates, mDNS and tables.
 pub fn is_valid_name(name: &str) -> bool {
-    (1..=63).contains(&name.len())
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '.' || c == '_')
+    ingle_protocol::names::is_node(name)
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ingle_protocol::NodeId;
 use ingle_protocol::liveness::PULSE_INTERVAL;
-use ingle_protocol::wire::v2::{Goodbye, HeldFiles, NodeFacts, Pulse};
+use ingle_protocol::wire::v2::{Goodbye, HeldFiles, NodeFacts, Pulse, RegistryEntry};
 use ingle_protocol::wire::{Body as _, StreamKind, Version, Versioned as _, WireError};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::io::AsyncReadExt;
@@ -87,13 +87,23 @@ pub async fn open_stream(
     deadline: Duration,
 ) -> Result<(SendStream, RecvStream), FrameError> {
     let opening = async {
-        let (mut send, receive) = connection.open_bi().await.map_err(std::io::Error::from)?;
+        let (mut send, receive) = open_unnamed(connection, deadline).await?;
         send.write_all(&[kind as u8]).await.map_err(std::io::Error::from)?;
         Ok((send, receive))
     };
-    timeout(deadline, opening).await.unwrap_or_else(|_| {
-        Err(FrameError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no free stream to the peer in time")))
-    })
+    timeout(deadline, opening).await.unwrap_or_else(|_| Err(no_stream()))
+}
+
+/// A stream whose first byte the caller writes, together with what follows.
+pub async fn open_unnamed(connection: &Connection, deadline: Duration) -> Result<(SendStream, RecvStream), FrameError> {
+    match timeout(deadline, connection.open_bi()).await {
+        Ok(opened) => Ok(opened.map_err(std::io::Error::from)?),
+        Err(_) => Err(no_stream()),
+    }
+}
+
+fn no_stream() -> FrameError {
+    FrameError::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "no free stream to the peer in time"))
 }
 
 /// Runs everything that belongs to a registered link until the connection or the mesh ends.
@@ -150,7 +160,7 @@ pub fn describe(error: &quinn::ConnectionError) -> String {
     }
 }
 
-/// Our facts whenever they change, a goodbye at the end.
+/// Our facts and the registry's entries whenever they change, a goodbye at the end.
 async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, link: PeerLink, cancel: CancellationToken) {
     let mut facts = mesh.own.subscribe();
     // Once in any case: they may have changed since the greeting was written.
@@ -158,6 +168,11 @@ async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, link: PeerLink, cance
     let mut files = mesh.share.held();
     files.mark_changed();
     let takes_files = HeldFiles::default().encode_for(link.version).is_ok();
+    let mut registry = mesh.registry.changes();
+    registry.mark_changed();
+    // A peer that is too old for the registry has no part in it.
+    let takes_entries = link.version.limit_of(RegistryEntry::KIND).is_some();
+    let mut told = 0;
     loop {
         tokio::select! {
             changed = files.changed(), if takes_files => {
@@ -173,6 +188,22 @@ async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, link: PeerLink, cance
                 let latest = facts.borrow_and_update().clone();
                 if write_body_in(link.version, &mut send, &latest).await.is_err() {
                     return;
+                }
+            }
+            changed = registry.changed(), if takes_entries => {
+                if changed.is_err() {
+                    return;
+                }
+                registry.mark_unchanged();
+                let (version, entries) = mesh.registry.since(told);
+                told = version;
+                for entry in entries {
+                    match write_body_in(link.version, &mut send, &entry).await {
+                        Ok(()) => {}
+                        // One that is too long for its frame: the others are not.
+                        Err(FrameError::Wire(error)) => tracing::error!(%error, "an entry of the registry is not sent"),
+                        Err(_) => return,
+                    }
                 }
             }
             () = cancel.cancelled() => {
@@ -213,7 +244,10 @@ async fn receive_facts(mesh: Arc<Mesh>, mut receive: RecvStream, link: PeerLink)
             Goodbye::KIND => Goodbye::decode_for(&frame, link.version).map(|goodbye| {
                 mesh.roster.left(link.node, link.connection.stable_id(), &goodbye.why);
             }),
-            got => Err(WireError::Unexpected { expected: "facts or a goodbye", got }),
+            RegistryEntry::KIND => {
+                RegistryEntry::decode_for(&frame, link.version).map(|entry| mesh.registry.receive(link.node, &entry))
+            }
+            got => Err(WireError::Unexpected { expected: "facts, an entry of the registry or a goodbye", got }),
         };
         if let Err(error) = accepted {
             return link.close(&error.to_string());

@@ -35,13 +35,14 @@ use tokio_util::task::TaskTracker;
 pub(crate) use control::carry_out;
 pub use endpoint::{bind, plain};
 pub use files::{FileShare, PeerFiles};
-pub use inference::submit_remote;
+pub use inference::{RemoteAnswers, submit_remote};
 pub use join::{Admission, JoinFailure, join};
 pub use link::PeerLink;
 pub use roster::{Member, Roster};
 
 use crate::identity::{Identity, IdentityError, TlsConfigs, TokenBook};
 use crate::platform::{read_optional, write_private};
+use crate::registry::ModelRegistry;
 use crate::worker::Workers;
 use control::ControlPlane;
 
@@ -64,6 +65,8 @@ pub struct MeshOptions {
     pub workers: Arc<Workers>,
     /// The model files that it gives.
     pub share: Arc<FileShare>,
+    /// The household's models.
+    pub registry: Arc<ModelRegistry>,
 }
 
 /// This node's part in its cluster.
@@ -93,12 +96,14 @@ pub struct Mesh {
     pub tokens: TokenBook,
     /// This node's engines.
     pub workers: Arc<Workers>,
+    /// The household's models.
+    registry: Arc<ModelRegistry>,
 }
 
 impl Mesh {
     /// Starts everything: accepting, dialling, discovery, control plane, renewal.
     pub async fn start(options: MeshOptions) -> Result<Arc<Self>, IdentityError> {
-        let MeshOptions { identity, state_dir, endpoint, mut facts, peers, mdns, workers, share } = options;
+        let MeshOptions { identity, state_dir, endpoint, mut facts, peers, mdns, workers, share, registry } = options;
         let tls = TlsConfigs::new(&identity, endpoint::transport())?;
         endpoint.set_server_config(Some(tls.server));
         let own_id = identity.names.node;
@@ -124,6 +129,7 @@ impl Mesh {
             cancel: CancellationToken::new(),
             roster: Roster::new(own_id),
             workers,
+            registry,
         });
         for hint in mesh.remembered() {
             mesh.roster.hear_of(&hint);

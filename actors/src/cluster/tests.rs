@@ -30,6 +30,7 @@ async fn a_certificate_that_is_due_is_renewed_by_itself() {
         mdns: false,
         workers: Arc::default(),
         share: Arc::new(FileShare::new(folder.path().join("models"), Arc::default())),
+        registry: ModelRegistry::open(folder.path()).unwrap(),
     })
     .await
     .unwrap();

@@ -16,6 +16,7 @@ use super::engines::{Engine, Engines};
 use super::journal::Considered;
 use super::offers::{Offer, default_name};
 use super::{DEFAULT_MODEL, GatewayError};
+use crate::registry::ModelRegistry;
 
 /// What a client is told to wait where nobody knows better.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -36,9 +37,12 @@ pub(super) struct Wanted {
 }
 
 /// The name that a request means.
-pub(super) fn resolve(offers: &[Offer], asked: &str) -> Result<String, GatewayError> {
+pub(super) fn resolve(offers: &[Offer], registry: &ModelRegistry, asked: &str) -> Result<String, GatewayError> {
     let asked = asked.trim();
-    let name = if asked.is_empty() || asked == DEFAULT_MODEL { default_name(offers) } else { Some(asked.into()) };
+    let name = match asked.is_empty() || asked == DEFAULT_MODEL {
+        true => default_name(offers, &registry.default_route()),
+        false => Some(asked.to_owned()),
+    };
     let Some(name) = name else {
         let why = match offers.first() {
             None => {
@@ -54,9 +58,18 @@ pub(super) fn resolve(offers: &[Offer], asked: &str) -> Result<String, GatewayEr
     if offers.iter().any(|offer| offer.facts.name == name) {
         return Ok(name);
     }
-    let near = near(&name, offers.iter().map(|offer| offer.facts.name.as_str()));
-    let near = near.into_iter().map(str::to_owned).collect();
-    let mut known: Vec<String> = offers.iter().map(|offer| offer.facts.name.clone()).collect();
+    let mut known = registry.names();
+    if known.contains(&name) {
+        let why = format!("The model `{name}` is registered, but no machine has it loaded now.");
+        return Err(GatewayError::NoWorker { why, retry_after: RETRY_AFTER * 5 });
+    }
+    if asked != name {
+        let why =
+            format!("The default model `{name}` is on no machine now: choose another with `ingle models set-default`.");
+        return Err(GatewayError::NoWorker { why, retry_after: RETRY_AFTER * 5 });
+    }
+    known.extend(offers.iter().map(|offer| offer.facts.name.clone()));
+    let near = near(&name, known.iter().map(String::as_str)).into_iter().map(str::to_owned).collect();
     known.sort_unstable();
     known.dedup();
     Err(GatewayError::UnknownModel { model: name, near, known })
@@ -217,7 +230,10 @@ fn candidate(offer: &Offer, id: EngineId, engine: &Engine, wanted: &Wanted) -> C
 /// What the workers of a model can take together.
 pub(super) fn limits(offers: &[Offer], name: &str, options: &AdmissionOptions) -> Limits {
     let (mut in_flight, mut tokens, mut rate) = (0u32, 0u64, 0f64);
-    for offer in offers.iter().filter(|offer| offer.facts.name == name && offer.can_answer()) {
+    let named = || offers.iter().filter(|offer| offer.facts.name == name);
+    // Who waits at the door when its model goes is let through, to have it loaded again.
+    let is_cold = !named().any(Offer::can_answer);
+    for offer in named().filter(|offer| offer.can_answer() || (is_cold && offer.local)) {
         let slots = offer.facts.slots.max(1);
         // A few more than there are slots, so that no slot is empty while the next request is on its way.
         in_flight = in_flight.saturating_add(slots + (slots / 4).max(1));

@@ -20,6 +20,7 @@ use super::choice::{self, Choice, Wanted};
 use super::engines::{Engine, Place};
 use super::journal::{Attempt as AttemptRecord, Considered, Record};
 use super::router::Router;
+use super::warming::is_cold;
 use crate::cluster::submit_remote;
 use crate::monitor::Timeline;
 use crate::worker::Answers;
@@ -339,13 +340,22 @@ impl Flight {
         loop {
             let offers = self.router.offers();
             let now = self.router.now();
+            let begun = self.delivered() > 0;
+            if !begun {
+                self.router.follow_name(&mut self.request, &mut self.wanted, &offers);
+            }
             if let Some(chosen) = choice::choose(&offers, &self.router.engines, &self.wanted, &self.avoid, now) {
                 self.send_to(chosen).await;
                 return Ok(());
             }
             let waits =
                 self.pending.hopeful && choice::is_hope(&offers, self.wanted.digest, &self.avoid, since.elapsed());
-            if !waits || Instant::now() >= until {
+            // A model that went while its request was under way is loaded again for it.
+            let coming = (self.pending.hopeful && !begun && is_cold(&offers, &self.request.model))
+                .then(|| self.router.coming(&offers, &self.request.model))
+                .flatten();
+            let is_late = Instant::now() >= if coming.is_some() { self.deadline } else { until };
+            if !(waits || coming.is_some()) || is_late {
                 return Err(choice::nobody(&offers, &self.router.engines, &self.request.model, now));
             }
             sleep(LOOK_AGAIN).await;

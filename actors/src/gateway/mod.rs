@@ -8,6 +8,7 @@ mod flight;
 mod journal;
 mod offers;
 mod router;
+mod warming;
 
 use std::time::Duration;
 
@@ -90,6 +91,14 @@ pub enum GatewayError {
         /// Why not, and what to do.
         why: String,
         /// When it is worth trying again.
+        retry_after: Duration,
+    },
+    /// The model is being loaded, and will not be there in time.
+    #[error("{why}")]
+    Loading {
+        /// What is being done.
+        why: String,
+        /// When it will probably be there.
         retry_after: Duration,
     },
     /// Whoever asks has more under way than its share.

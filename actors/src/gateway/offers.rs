@@ -5,6 +5,7 @@ use ingle_protocol::liveness::Health;
 use ingle_protocol::wire::v2::{EnginePulse, ModelFacts, ModelState};
 
 use crate::cluster::PeerLink;
+use crate::registry::DefaultRoute;
 
 /// A model on a node, as the router sees it.
 pub(super) struct Offer {
@@ -34,9 +35,21 @@ impl Offer {
     }
 }
 
-/// The name that `default` stands for: this node's own model, else the first default of the others, ready ones first.
+/// The name that `default` stands for: what the cluster chose, else as [`default_of_the_nodes`] says. A choice of which
+/// this node has heard sooner than of the model does not yet hold here, so that no request fails meanwhile.
+pub(super) fn default_name(offers: &[Offer], chosen: &DefaultRoute) -> Option<String> {
+    let Some(name) = &chosen.name else { return default_of_the_nodes(offers) };
+    let answers = |name: &str| offers.iter().any(|offer| offer.facts.name == name && offer.can_answer());
+    if answers(name) || !chosen.is_fresh {
+        return Some(name.clone());
+    }
+    let before = chosen.before.clone().or_else(|| default_of_the_nodes(offers));
+    Some(before.filter(|before| answers(before)).unwrap_or_else(|| name.clone()))
+}
+
+/// Where nothing was chosen: this node's own model, else the first default of the others, ready ones first.
 /// An endpoint's model that nobody made a default is one all the same where the cluster has no other model.
-pub(super) fn default_name(offers: &[Offer]) -> Option<String> {
+fn default_of_the_nodes(offers: &[Offer]) -> Option<String> {
     let default = offers
         .iter()
         .filter(|offer| offer.facts.is_default)

@@ -14,8 +14,8 @@ use ingle_protocol::routing::Demand;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v2::{EnginePulse, ModelState, Request};
 use ingle_protocol::{EngineId, NodeId, RequestId};
-use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval, timeout_at};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
@@ -26,17 +26,21 @@ use super::engines::Engines;
 use super::flight::{Flight, Step};
 use super::journal::{Journal, RequestRecord};
 use super::offers::{Offer, default_name};
+use super::warming::{Warming, is_cold};
 use super::{ChatRequest, GatewayError, OfferedModel, Reply};
 use crate::cluster::Mesh;
 use crate::monitor::{Latencies, Outcome, request_span};
+use crate::registry::ModelRegistry;
 use crate::worker::{ANSWER_BUFFER, Workers};
 
 /// When an answer counts as begun although no token has come: long prompts must not keep a client without headers.
 const BEGUN_AFTER: Duration = Duration::from_secs(5);
 /// How often engines are looked at: often enough to see a suspicion as soon as it is one.
 const LOOK: Duration = Duration::from_millis(50);
+/// The same while nothing is under way and nobody is under suspicion: an idle node sleeps. A request ends that.
+const LOOK_WHILE_IDLE: Duration = Duration::from_millis(250);
 /// A look that comes so late says that this node itself stood still; what it sees then is old.
-const STOOD_STILL: Duration = Duration::from_millis(350);
+const STOOD_STILL: Duration = Duration::from_millis(300);
 
 /// See the module.
 #[derive(Debug)]
@@ -45,14 +49,18 @@ pub(super) struct Router {
     started: Instant,
     mesh: Arc<ArcSwapOption<Mesh>>,
     pub workers: Arc<Workers>,
+    registry: Arc<ModelRegistry>,
     pub engines: Engines,
     admission: Arc<Admission>,
+    pub warming: Warming,
     options: AdmissionOptions,
     retries: Mutex<RetryBudget>,
     usual: Mutex<HashMap<String, Usual>>,
     journal: Journal,
     first_heard: Mutex<HashMap<String, u64>>,
     open: Arc<AtomicU32>,
+    /// Told when the first answer is under way.
+    begun: Notify,
     latencies: Arc<Latencies>,
 }
 
@@ -87,7 +95,9 @@ impl Router {
     }
 
     fn open(&self) -> Open {
-        self.open.fetch_add(1, Ordering::AcqRel);
+        if self.open.fetch_add(1, Ordering::AcqRel) == 0 {
+            self.begun.notify_one();
+        }
         Open(self.open.clone())
     }
 
@@ -130,27 +140,33 @@ impl Router {
         offers
     }
 
-    /// Looks at all engines, and at who waits at the door.
-    fn look(&self) {
+    /// Looks at all engines, and at who waits at the door. Returns whether it should look again soon.
+    fn look(&self) -> bool {
         let offers = self.offers();
         let now = self.now();
         let mut known = HashSet::new();
+        let mut busy = self.open.load(Ordering::Acquire) > 0 || self.admission.waiting() > 0;
         for offer in &offers {
             let Some(id) = offer.facts.engine else { continue };
+            busy |= offer.health != Health::Alive;
+            busy |= offer.pulse.is_some_and(|pulse| pulse.load.running > 0 || pulse.load.waiting > 0);
             known.insert((id.node, id.index));
             let peer = match &offer.health {
                 Health::Suspect { why } => Some(why.clone()),
                 // A connection that is gone ends its answers by itself.
                 Health::Alive | Health::Failed { .. } | Health::Left { .. } => None,
             };
-            self.engines.of(id).look(offer.pulse.as_ref(), peer, now);
+            let engine = self.engines.of(id);
+            engine.look(offer.pulse.as_ref(), peer, now);
+            busy |= engine.suspicion().is_some();
         }
         self.engines.keep(&known);
         self.admission.refresh(|name| choice::limits(&offers, name, &self.options));
+        busy
     }
 
     /// What a request needs of the workers, before anybody has counted its tokens.
-    fn wanted(&self, request: &Request, offers: &[Offer]) -> Option<Wanted> {
+    pub fn wanted(&self, request: &Request, offers: &[Offer]) -> Option<Wanted> {
         let digest = choice::digest_of(offers, &request.model)?;
         let usual = {
             let usual = self.usual.lock().unwrap_or_else(PoisonError::into_inner);
@@ -200,39 +216,47 @@ impl Router {
 
 impl Gateway {
     /// A router over this node's workers and whatever mesh there is. [`Gateway::run`] must run beside it.
-    pub fn new(name: &str, mesh: Arc<ArcSwapOption<Mesh>>, workers: Arc<Workers>, options: AdmissionOptions) -> Self {
+    pub fn new(
+        name: &str,
+        mesh: Arc<ArcSwapOption<Mesh>>,
+        workers: Arc<Workers>,
+        registry: Arc<ModelRegistry>,
+        options: AdmissionOptions,
+    ) -> Self {
         Self(Arc::new(Router {
             name: name.to_owned(),
             started: Instant::now(),
             mesh,
             workers,
+            registry,
             engines: Engines::default(),
             admission: Arc::default(),
+            warming: Warming::new(options.queued),
             options,
             retries: Mutex::default(),
             usual: Mutex::default(),
             journal: Journal::default(),
             first_heard: Mutex::default(),
             open: Arc::default(),
+            begun: Notify::new(),
             latencies: Arc::default(),
         }))
     }
 
     /// Watches the engines until `cancel`.
     pub async fn run(self, cancel: CancellationToken) -> Result<(), String> {
-        let mut ticks = interval(LOOK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut last = Instant::now();
+        let mut busy = true;
         loop {
+            let (began, pause) = (Instant::now(), if busy { LOOK } else { LOOK_WHILE_IDLE });
             tokio::select! {
                 () = cancel.cancelled() => return Ok(()),
-                _ = ticks.tick() => {}
+                () = self.0.begun.notified(), if !busy => {}
+                () = sleep(pause) => {}
             }
             // After a standstill of our own all news is still in the sockets: read it before judging others by it.
-            if last.elapsed() < STOOD_STILL {
-                self.0.look();
+            if began.elapsed() < pause + STOOD_STILL {
+                busy = self.0.look();
             }
-            last = Instant::now();
         }
     }
 
@@ -269,7 +293,7 @@ impl Gateway {
     /// All models of the cluster, ready or not, the default one first.
     pub fn models(&self) -> Vec<OfferedModel> {
         let offers = self.0.offers();
-        let default = default_name(&offers);
+        let default = default_name(&offers, &self.0.registry.default_route());
         let mut first_heard = self.0.first_heard.lock().unwrap_or_else(PoisonError::into_inner);
         let mut models: Vec<OfferedModel> = Vec::new();
         for offer in &offers {
@@ -302,6 +326,13 @@ impl Gateway {
         models
     }
 
+    /// Nobody can answer for the model now, but somebody will: whoever asks for it waits.
+    pub fn is_waited_for(&self, model: &str) -> bool {
+        let offers = self.0.offers();
+        choice::resolve(&offers, &self.0.registry, model)
+            .is_ok_and(|name| is_cold(&offers, &name) && self.0.coming(&offers, &name).is_some())
+    }
+
     /// Waits for its turn, sends the request to the best worker and returns when its answer has begun.
     pub async fn chat(&self, chat: ChatRequest) -> Result<Reply, GatewayError> {
         let began = Instant::now();
@@ -323,8 +354,8 @@ impl Gateway {
         };
         let span = request_span("route", &request);
         async {
-            let offers = self.0.offers();
-            request.model = choice::resolve(&offers, &request.model)?;
+            request.model = choice::resolve(&self.0.offers(), &self.0.registry, &request.model)?;
+            let offers = self.0.warm_up(&request, deadline).await?;
             self.0.retries.lock().unwrap_or_else(PoisonError::into_inner).request(self.0.now());
             let nobody = || choice::nobody(&offers, &self.0.engines, &request.model, self.0.now());
             let wanted = self.0.wanted(&request, &offers).ok_or_else(nobody)?;

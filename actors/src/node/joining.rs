@@ -11,12 +11,14 @@ use super::{JoinError, JoinOptions, Joined, MintedToken};
 use crate::cluster;
 use crate::identity::{Authority, Identity, JoinToken, TokenBook};
 use crate::platform::write_private;
+use crate::registry::ModelRegistry;
 
 pub(super) async fn join_cluster(
     state_dir: &Path,
     name: &str,
     options: &JoinOptions,
     others: Vec<String>,
+    registry: &ModelRegistry,
 ) -> Result<Joined, JoinError> {
     let token: JoinToken =
         options.token.parse().map_err(|error: crate::identity::TokenError| JoinError(error.to_string()))?;
@@ -36,6 +38,11 @@ pub(super) async fn join_cluster(
     let admission = cluster::join(&options.address, &token, name, options.guest)
         .await
         .map_err(|error| JoinError(error.to_string()))?;
+    if let Some(current) = &current {
+        // The models first: under the new identity they would be told to the new household as they are.
+        let moved = registry.moves(current.names.node, !others.is_empty()).await;
+        moved.map_err(|error| JoinError(format!("the registry of models cannot be stored: {error}")))?;
+    }
     let state_dir = state_dir.to_owned();
     let storing = tokio::task::spawn_blocking(move || store_admission(&state_dir, admission));
     storing.await.map_err(|error| JoinError(error.to_string()))?
@@ -84,7 +91,8 @@ pub async fn join_offline(state_dir: &Path, name: &str, options: JoinOptions) ->
         Ok(Some(identity)) => cluster::remembered_names(state_dir, identity.cluster),
         _ => Vec::new(),
     };
-    join_cluster(state_dir, name, &options, others).await
+    let registry = ModelRegistry::open(state_dir).map_err(|error| JoinError(error.to_string()))?;
+    join_cluster(state_dir, name, &options, others, &registry).await
 }
 
 /// [`Node::mint_token`] for a state directory in which no node runs (a cluster is made where there is none).

@@ -1,9 +1,11 @@
 //! One node, put together: read it top to bottom.
 
 mod joining;
+mod models;
 mod options;
 mod parameter_file;
 mod parameters;
+mod registering;
 mod setting;
 mod state_dir;
 mod verifying;
@@ -26,6 +28,7 @@ pub use parameters::{
     Change, GivenParameters, KvKind, Layers, ModelParameters, Outcome, Parameter, ParameterChanges, ParameterError,
     ParameterValue, ShownParameter, ShownParameters, Source,
 };
+pub use registering::{ModelDetails, Registered, Registration};
 pub use setting::{set_offline, show_offline};
 pub use verifying::{Probe, Verification};
 
@@ -35,10 +38,13 @@ use crate::identity::Identity;
 use crate::models::{ClientError, Holders};
 use crate::monitor::ClusterStatus;
 use crate::platform::{FileLock, create_private_dir, hardware};
+use crate::registry::{self, EndpointKeeper, ModelRegistry};
 use crate::supervisor::{Service, Supervision};
-use crate::worker::{EndpointWorker, ModelWorker, WorkerOptions, Workers};
+use crate::worker::manager::{LoadError, ManagerOptions, ModelManager};
+use crate::worker::{EndpointWorker, ModelWorker, Worker, Workers};
 use joining::{join_cluster, mint};
-use state_dir::{check_model_file, load_or_found, open_state_dir, quic_error, state_dir_error};
+pub(crate) use state_dir::check_model_file;
+use state_dir::{load_or_found, open_state_dir, quic_error, state_dir_error};
 
 /// A running node.
 #[derive(Debug)]
@@ -46,8 +52,11 @@ pub struct Node {
     options: NodeOptions,
     mesh: Arc<ArcSwapOption<Mesh>>,
     workers: Arc<Workers>,
-    model: Option<Arc<ModelWorker>>,
     holders: Arc<dyn Holders>,
+    models: Arc<ModelManager>,
+    registry: Arc<ModelRegistry>,
+    /// Held while parameters are set here.
+    setting: Arc<tokio::sync::Mutex<()>>,
     endpoints: Vec<Arc<EndpointWorker>>,
     gateway: Gateway,
     supervision: Supervision,
@@ -76,19 +85,14 @@ impl Node {
         load_or_found(&options.state_dir, &options.name)?;
         let endpoint = cluster::bind(options.quic).map_err(|error| quic_error(options.quic, &error))?;
 
+        let registry =
+            ModelRegistry::open(&options.state_dir).map_err(|error| state_dir_error(&options.state_dir, &error))?;
         let workers = Arc::new(Workers::default());
         let mesh: Arc<ArcSwapOption<Mesh>> = Arc::default();
         let holders: Arc<dyn Holders> = Arc::new(PeerFiles::new(mesh.clone()));
-        let model = match options.model.clone() {
-            Some(choice) => {
-                let worker = ModelWorker::new(worker_options(&options, choice, holders.clone())?, workers.clone())
-                    .map_err(|error| StartError::Other(error.to_string()))?;
-                workers.add(worker.clone());
-                Some(worker)
-            }
-            None => None,
-        };
-        // The node's own engine is number 0.
+        let models = ModelManager::new(manager_options(&options, holders.clone()), workers.clone())
+            .map_err(|error: LoadError| StartError::Other(error.to_string()))?;
+        // The model of the configuration is number 0, the others come behind the endpoints.
         let endpoints = (1..).zip(&options.endpoints).map(|(index, endpoint)| {
             let worker = EndpointWorker::new(endpoint.clone(), index, workers.clone())?;
             workers.add(worker.clone());
@@ -101,17 +105,24 @@ impl Node {
 
         let rejoin = Arc::new(Notify::new());
         let (starts, mut started) = watch::channel(0u64);
-        let gateway = Gateway::new(&options.name, mesh.clone(), workers.clone(), options.admission);
+        let gateway = Gateway::new(&options.name, mesh.clone(), workers.clone(), registry.clone(), options.admission);
         let watching = gateway.clone();
         let mut services = vec![
             Service::new("gateway", move |cancel| watching.clone().run(cancel)),
-            cluster_service(&options, endpoint, mesh.clone(), workers.clone(), rejoin.clone(), starts),
+            cluster_service(
+                &options,
+                endpoint,
+                mesh.clone(),
+                (workers.clone(), registry.clone()),
+                rejoin.clone(),
+                starts,
+            ),
             facts_service(mesh.clone(), workers.clone()),
         ];
-        if let Some(worker) = &model {
-            let worker = worker.clone();
-            services.push(Service::new("model", move |cancel| worker.clone().run(cancel)));
-        }
+        let keeping = models.clone();
+        services.push(Service::new("models", move |cancel| keeping.clone().run(cancel)));
+        let setting: Arc<tokio::sync::Mutex<()>> = Arc::default();
+        services.extend(registry_services(&options, &registry, &workers, models.own().as_ref(), &setting));
         for worker in &endpoints {
             let worker = worker.clone();
             services.push(Service::new("endpoint", move |cancel| worker.clone().run(cancel)));
@@ -130,7 +141,9 @@ impl Node {
             options,
             mesh,
             workers,
-            model,
+            models,
+            registry,
+            setting,
             holders,
             endpoints,
             gateway,
@@ -153,6 +166,11 @@ impl Node {
         self.gateway.chat(request).await
     }
 
+    /// Nobody can answer for the model now, but somebody will: whoever asks for it waits.
+    pub fn is_waited_for(&self, model: &str) -> bool {
+        self.gateway.is_waited_for(model)
+    }
+
     /// All models that the cluster knows, ready or not, the default one first.
     pub fn models(&self) -> Vec<OfferedModel> {
         self.gateway.models()
@@ -170,7 +188,8 @@ impl Node {
         }
         status.waiting = self.gateway.waiting();
         status.problems = self.supervision.problems.list();
-        status.problems.extend(self.model.as_ref().and_then(|model| model.problem()));
+        status.problems.extend(self.models.problems());
+        status.problems.extend(self.registry_problems());
         status.problems.extend(self.endpoints.iter().filter_map(|endpoint| endpoint.problem()));
         Ok(status)
     }
@@ -208,12 +227,12 @@ impl Node {
 
     /// The state of this node's own model with every change of it; `None` where it has no model.
     pub fn model_state(&self) -> Option<watch::Receiver<ModelState>> {
-        self.model.as_ref().map(|model| model.states())
+        self.models.own().map(|model| model.states())
     }
 
     /// Where the bytes of this node's model come from while it is fetched; empty at other times.
     pub fn model_origin(&self) -> String {
-        self.model.as_ref().map(|model| model.origin()).unwrap_or_default()
+        self.models.own().map(|model| model.origin()).unwrap_or_default()
     }
 
     /// The endpoints of this node.
@@ -223,8 +242,7 @@ impl Node {
 
     /// Name of this node's own model and what it runs on, as far as is known.
     pub fn own_model(&self) -> Option<(String, String)> {
-        self.model.as_ref()?;
-        let facts = self.workers.facts(NodeId::default()).into_iter().next()?;
+        let facts = self.models.own()?.facts(NodeId::default());
         Some((facts.name, facts.backend))
     }
 
@@ -238,7 +256,8 @@ impl Node {
         let _one_at_a_time = self.joining.lock().await;
         let mesh = self.mesh.load_full().ok_or_else(|| JoinError("this node is changing its cluster".into()))?;
         mesh.freeze(true);
-        let joined = join_cluster(&self.options.state_dir, &self.options.name, &options, mesh.company()).await;
+        let joined =
+            join_cluster(&self.options.state_dir, &self.options.name, &options, mesh.company(), &self.registry).await;
         // What was stored stands; where nothing was, the mesh goes on as before.
         let joined = joined.inspect_err(|_| mesh.freeze(false))?;
         let mut started = self.started.clone();
@@ -279,23 +298,43 @@ impl Node {
     }
 }
 
-fn worker_options(
-    options: &NodeOptions,
-    choice: ModelChoice,
-    holders: Arc<dyn Holders>,
-) -> Result<WorkerOptions, StartError> {
-    Ok(WorkerOptions {
-        parameters: setting::layers(&options.state_dir, &choice, &options.parameters)?,
-        parameter_file: ParameterFile::of(&options.state_dir),
+fn manager_options(options: &NodeOptions, holders: Arc<dyn Holders>) -> ManagerOptions {
+    ManagerOptions {
+        state_dir: options.state_dir.clone(),
+        own: options.model.clone(),
+        parameters: options.parameters.clone(),
         device: options.device,
         cache: options.model_cache.clone(),
+        memory: options.model_memory,
         cache_limit: options.model_cache_limit,
         holders,
-        sockets: options.state_dir.join("run"),
-        index: 0,
         environment: options.engine_environment.clone(),
-        choice,
-    })
+        first_index: u16::try_from(options.endpoints.len()).unwrap_or(u16::MAX / 2).saturating_add(1),
+    }
+}
+
+/// What keeps the registry and does on this node what it says.
+fn registry_services(
+    options: &NodeOptions,
+    registry: &Arc<ModelRegistry>,
+    workers: &Arc<Workers>,
+    model: Option<&Arc<ModelWorker>>,
+    setting: &Arc<tokio::sync::Mutex<()>>,
+) -> Vec<Service> {
+    let keeping = registry.clone();
+    let keeper =
+        Arc::new(EndpointKeeper { own: options.name.clone(), registry: registry.clone(), workers: workers.clone() });
+    let mut services = vec![
+        Service::new("registry", move |cancel| keeping.clone().keep(cancel)),
+        Service::new("endpoints", move |cancel| keeper.clone().run(cancel)),
+    ];
+    if let Some(model) = model {
+        let (registry, model, setting) = (registry.clone(), model.clone(), setting.clone());
+        services.push(Service::new("parameters", move |cancel| {
+            registry::follow(registry.clone(), model.clone(), setting.clone(), cancel)
+        }));
+    }
+    services
 }
 
 /// Runs the mesh; starts it anew when the identity on disk was replaced.
@@ -303,7 +342,7 @@ fn cluster_service(
     options: &NodeOptions,
     endpoint: quinn::Endpoint,
     current: Arc<ArcSwapOption<Mesh>>,
-    workers: Arc<Workers>,
+    (workers, registry): (Arc<Workers>, Arc<ModelRegistry>),
     rejoin: Arc<Notify>,
     starts: watch::Sender<u64>,
 ) -> Service {
@@ -313,6 +352,7 @@ fn cluster_service(
     Service::new("cluster", move |cancel| {
         let (options, endpoint, current) = (options.clone(), endpoint.clone(), current.clone());
         let (workers, rejoin, starts, share) = (workers.clone(), rejoin.clone(), starts.clone(), share.clone());
+        let registry = registry.clone();
         async move {
             loop {
                 let identity = Identity::load(&options.state_dir)
@@ -327,6 +367,7 @@ fn cluster_service(
                     mdns: options.mdns,
                     workers: workers.clone(),
                     share: share.clone(),
+                    registry: registry.clone(),
                 })
                 .await
                 .map_err(|error| error.to_string())?;

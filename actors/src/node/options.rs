@@ -7,15 +7,19 @@ use serde::{Deserialize, Serialize};
 
 use super::parameters::GivenParameters;
 use crate::gateway::AdmissionOptions;
+use crate::models::CatalogModel;
 use crate::worker::EndpointOptions;
 
 /// Which model a node runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ModelChoice {
     /// The default model, fetched where it is missing.
     Default,
     /// A GGUF file, taken as it is.
     File(PathBuf),
+    /// A file that is known by its hash, fetched where it is missing.
+    Source(CatalogModel),
     /// The deterministic engine for tests.
     Echo,
 }
@@ -85,6 +89,8 @@ pub struct NodeOptions {
     pub device: DeviceKind,
     /// What the configuration gives for the model; what was set by command goes before it.
     pub parameters: GivenParameters,
+    /// Bytes of memory that all models of this node may take; `None` for as much as there is.
+    pub model_memory: Option<u64>,
     /// Bounds of what may wait for the workers.
     pub admission: AdmissionOptions,
     /// Servers elsewhere that answer for more models.

@@ -1,6 +1,7 @@
 //! Parameters of this node's model, shown and set, with a node that runs or without.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::state_dir::open_state_dir;
 use super::{
@@ -10,35 +11,49 @@ use crate::gateway::DEFAULT_MODEL;
 use crate::worker::{ChangeRequest, ModelWorker, Said, model_name_of};
 
 /// What the file and the commands say of a model.
-pub(super) fn layers(state_dir: &Path, choice: &ModelChoice, config: &GivenParameters) -> Result<Layers, StartError> {
+fn layers(state_dir: &Path, choice: &ModelChoice, config: &GivenParameters) -> Result<Layers, StartError> {
     let set = ParameterFile::of(state_dir).load(&model_name_of(choice));
     let set = set.map_err(|error| StartError::Other(error.to_string()))?;
     Ok(Layers { config: config.clone(), set })
 }
 
 impl Node {
-    fn model_named(&self, asked: &str) -> Result<&ModelWorker, String> {
-        let model = self.model.as_deref().ok_or_else(|| no_model(asked))?;
+    fn model_named(&self, asked: &str) -> Result<Arc<ModelWorker>, String> {
+        if asked != DEFAULT_MODEL
+            && let Some(model) = self.models.get(asked)
+        {
+            return Ok(model);
+        }
+        let model = self.models.own().ok_or_else(|| no_model(asked))?;
         check_name(asked, &model.name())?;
         Ok(model)
     }
 
-    /// The parameters of this node's own model; `default` means it as well.
-    pub fn parameters(&self, model: &str) -> Result<ShownParameters, String> {
-        Ok(self.model_named(model)?.parameters())
-    }
-
-    /// Changes parameters of this node's own model; returns when they hold. An error says why everything is as it
-    /// was.
+    /// Changes parameters of this node's own model or of a registered one; returns when they hold here, or are known
+    /// to the cluster where another node runs it. An error says why everything is as it was.
     pub async fn set_parameters(&self, model: &str, request: ChangeRequest, said: Said) -> Result<Outcome, String> {
         if !self.is_accepting() {
             return Err("this node is shutting down".into());
         }
-        self.model_named(model)?.set_parameters(request, said).await
+        let name = self.meant(model);
+        let is_registered = self.registry.model(&name).is_some();
+        // What the registry says must not be taken for news while the model has it and the registry does not.
+        let busy = |_| "another change is under way: try again when it is done".to_owned();
+        let _one_at_a_time = self.setting.try_lock().map_err(busy)?;
+        if is_registered && self.model_named(&name).is_err() {
+            return self.register_parameters(&name, &request.changes).await;
+        }
+        let changes = request.changes.clone();
+        let outcome = self.model_named(&name)?.set_parameters(request, said).await?;
+        if is_registered {
+            let noted = self.register_parameters(&name, &changes).await;
+            noted.map_err(|why| format!("it holds on this machine, but is not registered: {why}"))?;
+        }
+        Ok(outcome)
     }
 }
 
-fn no_model(asked: &str) -> String {
+pub(super) fn no_model(asked: &str) -> String {
     format!("this node runs no model, so there is no `{asked}` to set: type it on the machine that runs it")
 }
 

@@ -48,6 +48,6 @@ pub(super) fn quic_error(address: SocketAddr, error: &std::io::Error) -> StartEr
     StartError::Quic { address, why: format!("{error}: {advice}") }
 }
 
-pub(super) fn check_model_file(path: &Path) -> Result<(), StartError> {
+pub(crate) fn check_model_file(path: &Path) -> Result<(), StartError> {
     ingle_engine::inspect(path).map(drop).map_err(|error| StartError::Model(error.to_string()))
 }

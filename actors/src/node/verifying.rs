@@ -43,7 +43,7 @@ impl Node {
         let store = ModelStore::open(&self.options.model_cache).map_err(|error| error.to_string())?;
         let store = store.with_limit(self.options.model_cache_limit).with_holders(self.holders.clone());
         let verified = store.verify(name, say, &CancellationToken::new()).await;
-        let own = self.model.as_ref().map(|model| model.name());
+        let own = self.models.own().map(|model| model.name());
         let is_meant = own.as_deref().is_some_and(|own| name.is_none_or(|name| name == own || name == "default"));
         let files = match verified {
             Ok(files) => files,
@@ -56,7 +56,7 @@ impl Node {
     }
 
     async fn probe(&self) -> Option<Probe> {
-        let model = self.model.as_ref()?;
+        let model = self.models.own()?;
         let facts = self.workers.facts(NodeId::default()).into_iter().find(|facts| facts.name == model.name())?;
         let failed = match (&facts.state, facts.digest) {
             (ModelState::Ready, Some(digest)) => {

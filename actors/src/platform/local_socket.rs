@@ -54,6 +54,14 @@ pub async fn connect(path: &Path) -> io::Result<LocalStream> {
     UnixStream::connect(usable_path(path)?).await
 }
 
+/// Removes what a listener at `path` has left behind, which ended without a chance to do it itself.
+pub fn remove_socket(path: &Path) {
+    if let Ok(path) = usable_path(path) {
+        // It may well have gone.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
 /// `path` itself, or where it is too long for a socket address a short one made from its hash, in a folder of
 /// this user's own.
 fn usable_path(path: &Path) -> io::Result<PathBuf> {

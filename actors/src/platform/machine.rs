@@ -52,10 +52,25 @@ pub fn disk_size(path: &Path) -> std::io::Result<u64> {
 /// Bytes of memory that the system gets back when a process ends: what it holds beside mapped files. `None` where the
 /// system does not say.
 pub fn memory_of(pid: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let field = |name: &str| -> Option<u64> {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let status = Status::of(pid)?;
+    Some(status.field("RssAnon:")? + status.field("RssShmem:")?)
+}
+
+/// Bytes of memory that a process has, mapped files included, which others may share.
+pub fn resident_memory_of(pid: u32) -> Option<u64> {
+    Status::of(pid)?.field("VmRSS:")
+}
+
+/// What Linux says of a process.
+struct Status(String);
+
+impl Status {
+    fn of(pid: u32) -> Option<Self> {
+        std::fs::read_to_string(format!("/proc/{pid}/status")).ok().map(Self)
+    }
+
+    fn field(&self, name: &str) -> Option<u64> {
+        let line = self.0.lines().find_map(|line| line.strip_prefix(name))?;
         Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
-    };
-    Some(field("RssAnon:")? + field("RssShmem:")?)
+    }
 }

@@ -1,6 +1,6 @@
 //! The node's side of an engine process.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use super::route::Held;
 use super::{ANSWER_BUFFER, SILENCE_LIMIT, WorkerOptions, refused};
 use crate::frames::{FrameError, read_frame, write_body};
 use crate::node::ModelParameters;
-use crate::platform::{LocalStream, connect};
+use crate::platform::{LocalStream, connect, remove_socket};
 
 /// How long a process that has closed its reports may take to end.
 const END_DEADLINE: Duration = Duration::from_secs(2);
@@ -28,6 +28,7 @@ const ADJUST_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct ChildEngine {
     child: Child,
+    socket: PathBuf,
     /// Its end tells the child that we are gone.
     control: Option<ChildStdin>,
     answers: mpsc::Receiver<ParametersSet>,
@@ -92,7 +93,7 @@ impl ChildEngine {
                 }
             }
         });
-        Ok((Self { child, control, answers, changes: 0 }, reader))
+        Ok((Self { child, socket: socket.to_owned(), control, answers, changes: 0 }, reader))
     }
 
     /// Gives the running engine other limits. Its reports must be read meanwhile: answers come between them.
@@ -146,6 +147,13 @@ impl ChildEngine {
     }
 }
 
+impl Drop for ChildEngine {
+    fn drop(&mut self) {
+        // A process leaves its socket behind, however it ends.
+        remove_socket(&self.socket);
+    }
+}
+
 /// Hands the request to the engine that `held` belongs to.
 pub async fn submit(held: Held, request: &Request) -> mpsc::Receiver<Answer> {
     let connecting = async {
@@ -165,13 +173,20 @@ pub async fn submit(held: Held, request: &Request) -> mpsc::Receiver<Answer> {
 }
 
 /// The engine is held until the answer has ended: it is not ended while it gives one.
-async fn relay(mut stream: LocalStream, answers: mpsc::Sender<Answer>, _held: Held) {
+async fn relay(mut stream: LocalStream, answers: mpsc::Sender<Answer>, held: Held) {
     let mut any_token = false;
     loop {
         let read = tokio::select! {
             biased;
             // Dropping the stream is what cancels the request in the engine.
             () = answers.closed() => return,
+            () = held.cut_off() => {
+                let message = "the model was unloaded before the answer was complete".to_owned();
+                let kind = FailureKind::ShuttingDown;
+                let failed = Failed { kind, message, retryable: !any_token, migratable: true };
+                let _ = timeout(END_DEADLINE, answers.send(Answer::Failed(failed))).await;
+                return;
+            }
             read = timeout(SILENCE_LIMIT, read_frame(&mut stream)) => read,
         };
         let retryable = !any_token;

@@ -222,7 +222,7 @@ impl ModelWorker {
     /// Requests go to this engine from now on.
     fn take_over(&self, next: &mut Life) {
         let mut status = self.status();
-        status.generation = next.generation;
+        (status.generation, status.pid) = (next.generation, next.child.pid());
         (status.route, status.room) = (Some(next.route.clone()), Some(next.room));
         status.report = next.report.take();
         status.reported_at = Some(Instant::now());
@@ -333,7 +333,7 @@ async fn until_idle(route: &Arc<Route>, order: &Order) -> bool {
         loop {
             let open = route.open();
             if open > 0 {
-                order.say(format!("Waiting for {} to end; new requests are turned away.", answers(open)));
+                order.say(format!("Waiting for {} to end; new requests wait.", answers(open)));
             }
             if timeout(SAY_AGAIN, route.idle()).await.is_ok() {
                 return;

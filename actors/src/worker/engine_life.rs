@@ -47,6 +47,11 @@ impl Life {
         }
         self.child.ended().await
     }
+
+    /// Ends the process, which nobody needs any more.
+    pub async fn end(self) {
+        self.child.end().await;
+    }
 }
 
 impl ModelWorker {
@@ -65,23 +70,43 @@ impl ModelWorker {
                     Ok(file) => break file,
                     Err(trouble) => return trouble,
                 },
+                () = cancel.cancelled() => return Trouble::Over,
                 Some(order) = orders.recv() => self.refuse_for_now(order),
             }
         };
         let file = file.as_deref();
+        if let Some(Ok(bytes)) = file.map(|file| file.metadata().map(|metadata| metadata.len())) {
+            self.status().forecast.bytes = bytes;
+        }
         let mut budget = RestartBudget::default();
         let mut ever_ready = false;
         loop {
             self.set_state(ModelState::Loading);
             let values = self.status().values.clone();
+            // Making room waits for others to end, each within its deadline.
+            let making = tokio::select! {
+                made = self.options.room.make(self, file, values) => made,
+                () = cancel.cancelled() => return Trouble::Over,
+            };
+            let values = match making {
+                Ok(values) => values,
+                Err(why) => return Trouble::NoRoom(why),
+            };
             let mut life = match self.start(file, &values) {
                 Ok(life) => life,
                 Err(error) => return Trouble::Final(format!("the engine process cannot be started: {error}")),
             };
-            self.status().generation = life.generation;
+            {
+                let mut status = self.status();
+                (status.generation, status.pid) = (life.generation, life.child.pid());
+            }
             let silent = loop {
                 tokio::select! {
                     silent = self.watch(&mut life.reports, &life.route, life.room, &mut life.was_ready) => break silent,
+                    () = cancel.cancelled() => {
+                        life.end().await;
+                        return Trouble::Over;
+                    }
                     Some(order) = orders.recv() => {
                         if let Some(silent) = self.carry_out(&mut life, file, order, retiring).await {
                             break silent;
@@ -90,11 +115,15 @@ impl ModelWorker {
                 }
             };
             let ended = life.ended(silent).await;
+            if self.is_leaving() {
+                self.status().route = None;
+                return Trouble::Over;
+            }
             ever_ready |= life.was_ready;
             tracing::warn!(model = self.status().name, ended, "the engine process ended");
             let reported = {
                 let mut status = self.status();
-                (status.route, status.room) = (None, None);
+                (status.route, status.room, status.pid) = (None, None, None);
                 match status.report.take().map(|report| report.state) {
                     Some(ModelState::Failed { why }) => Some(why),
                     _ => None,
@@ -122,7 +151,7 @@ impl ModelWorker {
         let socket = self.options.sockets.join(format!("engine-{}-{generation}.sock", self.options.index));
         let (child, reports) = ChildEngine::spawn(&socket, file, digest, values, &self.options)?;
         tracing::info!(pid = child.pid(), generation, "engine process started");
-        let (route, room) = (Route::new(socket), values.room());
+        let (route, room) = (Route::new(socket, self.uses.clone()), values.room());
         Ok(Life { child, reports, route, generation, room, was_ready: false, report: None })
     }
 

@@ -5,6 +5,10 @@ pub mod endpoint;
 mod engine_change;
 mod engine_life;
 pub mod engine_process;
+mod forecast;
+
+pub mod manager;
+mod model_use;
 mod model_worker;
 mod order;
 mod route;
@@ -22,8 +26,11 @@ use ingle_protocol::wire::v2::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::RemoteAnswers;
+
 pub use endpoint::{EndpointOptions, EndpointWorker};
-pub use model_worker::{ModelWorker, WorkerOptions, model_name_of};
+pub use manager::ModelManager;
+pub use model_worker::{ModelWorker, Room, WorkerOptions, model_name_of};
 pub use order::{ChangeRequest, Said};
 
 /// Frames of one answer that may wait for their reader. When it is full the sequence pauses.
@@ -39,6 +46,11 @@ pub trait Worker: Send + Sync + std::fmt::Debug {
     fn pulse(&self, own: NodeId) -> Option<EnginePulse>;
     /// Frames of the answer; the last one is always a last one. Dropping the receiver cancels.
     fn submit(&self, request: Request) -> BoxFuture<'_, mpsc::Receiver<Answer>>;
+    /// Somebody waits for it: it gets ready where it is not and can. How long that will probably take; `None` where
+    /// waiting is of no use.
+    fn want(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// The workers of this node.
@@ -72,6 +84,22 @@ impl Workers {
     pub fn add(&self, worker: Arc<dyn Worker>) {
         self.list.write().unwrap_or_else(PoisonError::into_inner).push(worker);
         self.note_change();
+    }
+
+    /// The worker has gone. Its answers go on to their end.
+    pub fn remove(&self, worker: &Arc<dyn Worker>) {
+        self.list.write().unwrap_or_else(PoisonError::into_inner).retain(|other| !Arc::ptr_eq(other, worker));
+        self.note_change();
+    }
+
+    /// Somebody waits for the model of this name. How long it will probably take; `None` where this node will not have
+    /// it.
+    pub fn want(&self, model: &str) -> Option<Duration> {
+        if self.is_draining() {
+            return None;
+        }
+        let named = |worker: &Arc<dyn Worker>| worker.facts(NodeId::default()).name == model;
+        self.all().iter().filter(|worker| named(worker)).filter_map(|worker| worker.want()).min()
     }
 
     fn all(&self) -> Vec<Arc<dyn Worker>> {
@@ -176,49 +204,82 @@ impl Workers {
             let facts = worker.facts(NodeId::default());
             let work = |load: Load| load.running.saturating_add(load.waiting);
             let busy = || worker.pulse(NodeId::default()).map_or(0, |pulse| work(pulse.load));
-            (facts.digest == Some(request.digest)).then(|| (facts.state != ModelState::Ready, busy()))
+            // Of one content under two names the one that is asked for goes first; a far server's names mean nothing.
+            let is_other = facts.name != request.model && !facts.is_endpoint();
+            (facts.digest == Some(request.digest)).then(|| (facts.state != ModelState::Ready, is_other, busy()))
         };
         let able = self.all().into_iter().filter_map(|worker| Some((load(&worker)?, worker)));
         let Some((_, worker)) = able.min_by_key(|(load, _)| *load) else {
+            // Nobody knows the content of a model before it was loaded for the first time.
+            if let Some(wait) = self.want(&request.model).filter(|wait| !wait.is_zero()) {
+                return loading(&request.model, wait).into();
+            }
             let message = format!("this node does not have {}", request.model);
             return refused(RefusalKind::UnknownModel, message).into();
         };
         let inner = worker.submit(request).await;
         let cut_off = self.cut_off.read().unwrap_or_else(PoisonError::into_inner).clone();
-        Answers { inner, held: Some((running, cut_off)) }
+        Answers { inner: Source::Here(inner), held: Some((running, cut_off)) }
     }
 }
 
 /// Frames of one answer. Dropping it cancels the request.
 #[derive(Debug)]
 pub struct Answers {
-    inner: mpsc::Receiver<Answer>,
+    inner: Source,
     /// For a request of this node's own workers: that it runs, and what ends it when the node does.
     held: Option<(Running, CancellationToken)>,
 }
 
+#[derive(Debug)]
+enum Source {
+    Here(mpsc::Receiver<Answer>),
+    // On the heap: it has buffers of its own.
+    Member(Box<RemoteAnswers>),
+}
+
 impl From<mpsc::Receiver<Answer>> for Answers {
     fn from(inner: mpsc::Receiver<Answer>) -> Self {
-        Self { inner, held: None }
+        Self { inner: Source::Here(inner), held: None }
+    }
+}
+
+impl From<RemoteAnswers> for Answers {
+    fn from(inner: RemoteAnswers) -> Self {
+        Self { inner: Source::Member(Box::new(inner)), held: None }
     }
 }
 
 impl Answers {
     /// The next frame; `None` behind the last one. Loses nothing where it is dropped before its end.
     pub async fn recv(&mut self) -> Option<Answer> {
-        let Some((_, cut_off)) = &self.held else { return self.inner.recv().await };
+        let inner = match &mut self.inner {
+            Source::Here(inner) => inner,
+            Source::Member(answers) => return answers.recv().await,
+        };
+        let Some((_, cut_off)) = &self.held else { return inner.recv().await };
         let answer = tokio::select! {
             biased;
             () = cut_off.cancelled() => {
-                self.inner.close();
+                inner.close();
                 Some(shutting_down())
             }
-            answer = self.inner.recv() => answer,
+            answer = inner.recv() => answer,
         };
         if answer.as_ref().is_none_or(Answer::is_last) {
             self.held = None;
         }
         answer
+    }
+
+    /// A frame that is there already, of a worker of this node.
+    pub fn try_recv(&mut self) -> Option<Answer> {
+        let Source::Here(inner) = &mut self.inner else { return None };
+        let answer = inner.try_recv().ok()?;
+        if answer.is_last() {
+            self.held = None;
+        }
+        Some(answer)
     }
 }
 
@@ -244,8 +305,18 @@ fn shutting_down() -> Answer {
     Answer::Failed(Failed { kind: FailureKind::ShuttingDown, message, retryable: false, migratable: true })
 }
 
+/// The refusal of a model that is on its way.
+fn loading(model: &str, wait: Duration) -> mpsc::Receiver<Answer> {
+    only_refusal(Refused {
+        kind: RefusalKind::Loading,
+        message: format!("the model `{model}` is being loaded, which takes about {} s", wait.as_secs().max(1)),
+        param: None,
+        retry_after_ms: u64::try_from(wait.as_millis()).ok(),
+    })
+}
+
 /// An answer that is one refusal.
-fn refused(kind: RefusalKind, message: String) -> mpsc::Receiver<Answer> {
+pub(crate) fn refused(kind: RefusalKind, message: String) -> mpsc::Receiver<Answer> {
     only_refusal(Refused { kind, message, param: None, retry_after_ms: kind.is_retryable().then_some(1_000) })
 }
 

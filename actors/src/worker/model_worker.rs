@@ -1,27 +1,27 @@
-//! A model of this node: its file, its engine process, and what happens when that dies.
+//! A model of this node: its file, its engine process, and what happens when that dies. Whether it is loaded at all is
+//! the [`manager`](super::manager)'s business.
 
-use std::path::PathBuf;
-use std::sync::atomic::AtomicU32;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v2::{EnginePulse, EngineReport, ModelFacts, ModelState, RefusalKind, Request};
-use ingle_protocol::{EngineId, ModelDigest, NodeId};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use ingle_protocol::ModelDigest;
+use ingle_protocol::wire::v2::{EngineReport, ModelState};
+use sha2::{Digest, Sha256};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::child_engine;
+use super::Workers;
+use super::forecast::Forecast;
 use super::order::{ChangeRequest, Order, Said};
-use super::route::Route;
-use super::{Worker, Workers, refused};
+use super::route::{Route, Uses};
 use crate::models::{FileInUse, Holders, ModelStore, Origin, StoreError, default_model};
 use crate::node::{
-    DeviceKind, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError, ParameterFile,
-    ShownParameters,
+    DeviceKind, GivenParameters, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError,
+    ParameterFile, ShownParameters,
 };
 
 /// What an echo engine is called.
@@ -30,12 +30,32 @@ const ECHO_NAME: &str = "echo";
 const FETCH_PAUSE: Duration = Duration::from_secs(60);
 /// Changes that are handed over at a time: there is one in all.
 const ORDERS: usize = 1;
+/// How long an engine that is no longer wanted may take to end before it is killed.
+const END_GRACE: Duration = Duration::from_secs(3);
+
+/// Who knows what else is in this machine's memory.
+pub trait Room: std::fmt::Debug + Send + Sync {
+    /// Makes room for a worker's engine. `file` is `None` for echo. The values that it is to start with, or why it
+    /// does not fit.
+    fn make<'a>(
+        &'a self,
+        worker: &'a ModelWorker,
+        file: Option<&'a Path>,
+        values: ModelParameters,
+    ) -> BoxFuture<'a, Result<ModelParameters, String>>;
+}
 
 /// What a worker is started with.
 #[derive(Debug, Clone)]
 pub struct WorkerOptions {
+    /// The model's name.
+    pub name: String,
     /// The model.
     pub choice: ModelChoice,
+    /// It answers requests that name no model.
+    pub is_default: bool,
+    /// Who makes room for it.
+    pub room: Arc<dyn Room>,
     /// What it computes on.
     pub device: DeviceKind,
     /// Where model files are kept.
@@ -71,6 +91,13 @@ pub(super) struct Status {
     pub values: ModelParameters,
     /// Slots of the engine; `None` while there is none.
     pub room: Option<u32>,
+    /// The engine process that takes its requests.
+    pub pid: Option<u32>,
+    /// Since when it is ready.
+    pub ready_since: Option<Instant>,
+    pub forecast: Forecast,
+    /// It goes, but takes what was sent to it before others knew.
+    pub takes_late: bool,
 }
 
 /// One model of this node.
@@ -79,7 +106,7 @@ pub struct ModelWorker {
     pub(super) options: WorkerOptions,
     pub(super) workers: Arc<Workers>,
     status: Mutex<Status>,
-    state: watch::Sender<ModelState>,
+    pub(super) state: watch::Sender<ModelState>,
     problem: Mutex<Option<String>>,
     origin: Origin,
     /// Keeps the file in the store for as long as an engine may be started with it.
@@ -90,6 +117,14 @@ pub struct ModelWorker {
     ordered: tokio::sync::Mutex<mpsc::Receiver<Order>>,
     /// Engine processes so far.
     pub(super) generations: AtomicU32,
+    pub(super) uses: Arc<Uses>,
+    /// Somebody waits for it.
+    pub(super) wanted: AtomicBool,
+    pub(super) wake: Notify,
+    /// When there was no room for it.
+    pub(super) no_room: Mutex<Option<Instant>>,
+    /// It finishes what it has and is not started again.
+    pub(super) leaving: AtomicBool,
 }
 
 /// The name of a model.
@@ -97,7 +132,16 @@ pub fn model_name_of(choice: &ModelChoice) -> String {
     match choice {
         ModelChoice::Default => default_model().name,
         ModelChoice::File(path) => crate::models::model_name(path),
+        ModelChoice::Source(model) => model.name.clone(),
         ModelChoice::Echo => ECHO_NAME.to_owned(),
+    }
+}
+
+/// Echo engines have no content but their name: two of different names are two models.
+fn digest_of_echo(name: &str) -> ModelDigest {
+    match name {
+        ECHO_NAME => ModelDigest::default(),
+        name => ModelDigest(Sha256::digest(format!("echo {name}")).into()),
     }
 }
 
@@ -105,20 +149,19 @@ pub fn model_name_of(choice: &ModelChoice) -> String {
 pub(super) enum Trouble {
     Final(String),
     Fetching(String),
+    /// It does not fit into memory now.
+    NoRoom(String),
+    /// Nobody wants it any more.
+    Over,
 }
 
 impl ModelWorker {
     /// A worker that does nothing until [`Self::run`].
     pub fn new(options: WorkerOptions, workers: Arc<Workers>) -> Result<Arc<Self>, ParameterError> {
-        let state = match &options.choice {
-            ModelChoice::Default => ModelState::Absent,
-            ModelChoice::File(_) => ModelState::Verifying,
-            ModelChoice::Echo => ModelState::Loading,
-        };
         let status = Status {
-            name: model_name_of(&options.choice),
-            digest: matches!(options.choice, ModelChoice::Echo).then(ModelDigest::default),
-            state: state.clone(),
+            name: options.name.clone(),
+            digest: matches!(options.choice, ModelChoice::Echo).then(|| digest_of_echo(&options.name)),
+            state: ModelState::Absent,
             generation: 0,
             route: None,
             report: None,
@@ -126,13 +169,17 @@ impl ModelWorker {
             values: options.parameters.resolve()?,
             parameters: options.parameters.clone(),
             room: None,
+            pid: None,
+            ready_since: None,
+            forecast: Forecast::default(),
+            takes_late: false,
         };
         let (orders, ordered) = mpsc::channel(ORDERS);
         Ok(Arc::new(Self {
             options,
             workers,
             status: Mutex::new(status),
-            state: watch::Sender::new(state),
+            state: watch::Sender::new(ModelState::Absent),
             problem: Mutex::new(None),
             origin: Origin::default(),
             in_use: Mutex::new(None),
@@ -140,7 +187,17 @@ impl ModelWorker {
             changing: Arc::new(Semaphore::new(1)),
             ordered: tokio::sync::Mutex::new(ordered),
             generations: AtomicU32::new(0),
+            uses: Arc::default(),
+            wanted: AtomicBool::new(false),
+            wake: Notify::new(),
+            no_room: Mutex::new(None),
+            leaving: AtomicBool::new(false),
         }))
+    }
+
+    /// Tells it from the node's other engines.
+    pub fn index(&self) -> u16 {
+        self.options.index
     }
 
     /// The model's name.
@@ -163,6 +220,11 @@ impl ModelWorker {
             }
         }
         ShownParameters { model: status.name.clone(), parameters }
+    }
+
+    /// What was set by command.
+    pub(crate) fn set_by_command(&self) -> GivenParameters {
+        self.status().parameters.set.clone()
     }
 
     /// Changes parameters and returns when they hold, or are refused and everything is as it was. Dropping this does
@@ -201,8 +263,22 @@ impl ModelWorker {
     }
 
     pub(super) fn set_state(&self, state: ModelState) {
-        let changed = std::mem::replace(&mut self.status().state, state.clone()) != state;
+        let changed = {
+            let mut status = self.status();
+            let changed = status.state != state;
+            if changed {
+                status.forecast.note(&state, Instant::now());
+                status.ready_since = (state == ModelState::Ready).then(Instant::now);
+                status.state = state.clone();
+            }
+            changed
+        };
         if changed {
+            if state == ModelState::Ready {
+                // Who waited has it; the time in which nobody uses it begins.
+                self.wanted.store(false, Ordering::Release);
+                self.uses.touch();
+            }
             self.state.send_replace(state);
             self.workers.note_change();
         }
@@ -213,51 +289,74 @@ impl ModelWorker {
     }
 
     /// Fetches the file, runs the engine, starts it again when it dies: until `cancel`, or until it dies too often.
+    /// When this returns the engine process has ended. It can be called again.
     pub async fn run(self: Arc<Self>, cancel: CancellationToken) -> Result<(), String> {
         let mut orders = self.ordered.lock().await;
+        self.leaving.store(false, Ordering::Release);
+        self.wanted.store(false, Ordering::Release);
+        self.status().takes_late = false;
         // Engines that finish their answers; they end with this.
         let mut retiring = JoinSet::new();
         let running = async {
             loop {
-                match self.keep_running(&cancel, &mut orders, &mut retiring).await {
-                    Trouble::Final(why) => {
-                        tracing::info!(model = self.status().name, why, "the model does not run");
-                        self.set_problem(Some(why.clone()));
-                        self.set_state(ModelState::Failed { why });
-                        // What failed for good is not started again by a supervisor either, but with other
-                        // parameters it may run.
-                        let Some(order) = orders.recv().await else { return };
-                        self.only_keep(order).await;
+                let trouble = self.keep_running(&cancel, &mut orders, &mut retiring).await;
+                let (why, pause) = match trouble {
+                    Trouble::Over => return,
+                    Trouble::Final(why) => (why, None),
+                    Trouble::Fetching(why) => (why, Some(FETCH_PAUSE)),
+                    Trouble::NoRoom(why) => {
+                        *self.no_room.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                        (why, None)
                     }
-                    Trouble::Fetching(why) => {
-                        tracing::info!(why, "the model is not here");
-                        self.set_problem(Some(why.clone()));
-                        self.set_state(ModelState::Failed { why });
-                        tokio::select! {
-                            () = tokio::time::sleep(FETCH_PAUSE) => {}
-                            Some(order) = orders.recv() => self.only_keep(order).await,
-                        }
+                };
+                tracing::info!(model = self.options.name, why, "the model does not run");
+                self.set_problem(Some(why.clone()));
+                self.set_state(ModelState::Failed { why });
+                let pausing = async {
+                    match pause {
+                        Some(pause) => tokio::time::sleep(pause).await,
+                        None => std::future::pending().await,
                     }
+                };
+                tokio::select! {
+                    () = cancel.cancelled() => return,
+                    () = pausing => {}
+                    // What failed for good is not started again by a supervisor either, but with other parameters it
+                    // may run.
+                    Some(order) = orders.recv() => self.only_keep(order).await,
+                    () = self.until_wanted() => {}
                 }
+                *self.no_room.lock().unwrap_or_else(PoisonError::into_inner) = None;
             }
         };
         tokio::select! {
             () = running => {}
-            () = cancel.cancelled() => {}
+            () = async { cancel.cancelled().await; tokio::time::sleep(END_GRACE).await } => {}
         }
         // Whoever waits for a change is told that there will be none.
         while orders.try_recv().is_ok() {}
-        self.status().route = None;
+        retiring.shutdown().await;
+        {
+            let mut status = self.status();
+            (status.route, status.room, status.pid, status.report) = (None, None, None, None);
+        }
+        // The file may go now, where others need its place.
+        *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.set_problem(None);
         self.set_state(ModelState::Unloaded);
         Ok(())
     }
 
     pub(super) async fn find_file(&self, cancel: &CancellationToken) -> Result<Option<PathBuf>, Trouble> {
         let trouble = |error: StoreError| Trouble::Fetching(error.to_string());
-        let found = match &self.options.choice {
+        let catalog = match &self.options.choice {
             ModelChoice::Echo => return Ok(None),
-            ModelChoice::Default => {
-                let model = default_model();
+            ModelChoice::Default => Ok(default_model()),
+            ModelChoice::Source(model) => Ok(model.clone()),
+            ModelChoice::File(path) => Err(path),
+        };
+        let found = match catalog {
+            Ok(model) => {
                 self.status().digest = Some(model.digest);
                 let store = self.store().map_err(trouble)?;
                 let in_use = store.hold(&model.digest).map_err(trouble)?;
@@ -268,7 +367,7 @@ impl ModelWorker {
                     .map_err(|error| Trouble::Fetching(error.to_string()))?;
                 (model.digest, path)
             }
-            ModelChoice::File(path) => {
+            Err(path) => {
                 self.set_state(ModelState::Verifying);
                 let store = self.store().map_err(trouble)?;
                 let file = store.local_file(path).await.map_err(|error| Trouble::Final(error.to_string()))?;
@@ -277,55 +376,5 @@ impl ModelWorker {
         };
         self.status().digest = Some(found.0);
         Ok(Some(found.1))
-    }
-
-    fn engine_id(&self, own: NodeId, status: &Status) -> EngineId {
-        EngineId { node: own, index: self.options.index, generation: status.generation }
-    }
-}
-
-impl Worker for ModelWorker {
-    fn facts(&self, own: NodeId) -> ModelFacts {
-        let status = self.status();
-        let report = status.report.as_ref();
-        ModelFacts {
-            name: status.name.clone(),
-            digest: status.digest,
-            state: status.state.clone(),
-            engine: status.route.as_ref().map(|_| self.engine_id(own, &status)),
-            backend: report.map(|r| r.backend.clone()).unwrap_or_default(),
-            numerics: report.map(|r| r.numerics.clone()).unwrap_or_default(),
-            context_length: report.map_or(0, |r| r.context_length),
-            slots: report.map_or(status.values.batch_size, |r| r.slots),
-            features: report.map(|r| r.features.clone()).unwrap_or_default(),
-            // The echo engine is for tests: nobody gets it without asking for it by name.
-            is_default: !matches!(self.options.choice, ModelChoice::Echo),
-        }
-    }
-
-    fn pulse(&self, own: NodeId) -> Option<EnginePulse> {
-        let status = self.status();
-        let pulse = status.report.as_ref()?.pulse;
-        let silent = status.reported_at.map_or(Duration::ZERO, |at| at.elapsed());
-        let silent_ms = u32::try_from(silent.as_millis()).unwrap_or(u32::MAX);
-        Some(EnginePulse { engine: self.engine_id(own, &status), silent_ms, ..pulse })
-    }
-
-    fn submit(&self, request: Request) -> BoxFuture<'_, mpsc::Receiver<Answer>> {
-        // Held under the lock: an engine that is replaced gets no answer more from the moment on.
-        let (held, state) = {
-            let status = self.status();
-            (status.route.as_ref().map(Route::hold), status.state.clone())
-        };
-        async move {
-            match (held, state) {
-                (Some(held), ModelState::Ready) => child_engine::submit(held, &request).await,
-                (_, state) => refused(
-                    RefusalKind::Loading,
-                    format!("the model `{}` is not ready: {}", request.model, state.words()),
-                ),
-            }
-        }
-        .boxed()
     }
 }

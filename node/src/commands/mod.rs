@@ -7,6 +7,7 @@ mod explain;
 mod join;
 mod models;
 mod progress;
+mod ps;
 mod status;
 mod token;
 mod up;
@@ -31,21 +32,23 @@ const RUNTIME_END: Duration = Duration::from_secs(1);
 pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let environment = Layer::from_environment(|name| std::env::var_os(name))?;
     let flags = cli.layer();
+    let verbose = cli.common.verbose > 0;
     if let Command::Engine(engine) = cli.command {
         return run_engine(engine, environment);
     }
     let settings = Settings::resolve(flags, environment)?;
     logging::start(&settings.log)?;
     match cli.command {
-        Command::Up(_) => block_on(many_threads()?, up::run(settings))?,
+        Command::Up(_) => block_on(node_threads()?, up::run(settings))?,
         Command::Join(join) => block_on(many_threads()?, join::run(&settings, join))?,
         Command::Token(token) => block_on(many_threads()?, token::run(&settings, token))?,
         Command::Status(status) => block_on(one_thread()?, status::run(&settings, status))?,
+        Command::Ps(options) => block_on(one_thread()?, ps::run(&settings, options))?,
         Command::Explain(explain) => block_on(one_thread()?, explain::run(&settings, explain))?,
         Command::Drain(drain) => block_on(one_thread()?, drain::run(&settings, drain))?,
         Command::Chat(chat) => block_on(one_thread()?, chat::run(&settings, chat))?,
         Command::Bench(bench) => block_on(many_threads()?, bench::run(&settings, bench))?,
-        Command::Models(models) => block_on(many_threads()?, models::run(&settings, models))?,
+        Command::Models(models) => block_on(many_threads()?, models::run(&settings, models, verbose))?,
         Command::Engine(_) => {}
     }
     Ok(ExitCode::SUCCESS)
@@ -59,6 +62,16 @@ fn run_engine(engine: Engine, environment: Layer) -> anyhow::Result<ExitCode> {
     })?;
     let Engine { socket, model, digest, packed, parameters, device } = engine;
     Ok(engine_process::run(EngineProcessOptions { socket, model, digest, packed, parameters, device }))
+}
+
+/// A node waits and passes on; engines compute in processes of their own. One thread does that with the least waking of
+/// each other, and several thousand requests a second of it. Whoever serves more sets tokio's variable.
+fn node_threads() -> std::io::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+        builder.worker_threads(1);
+    }
+    builder.enable_all().build()
 }
 
 fn many_threads() -> std::io::Result<tokio::runtime::Runtime> {

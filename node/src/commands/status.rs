@@ -169,6 +169,7 @@ mod tests {
             is_default: true,
             backend: "cpu".into(),
             context_length: 2048,
+            slots: 16,
             running: 1,
             waiting: 0,
             tokens_per_second: 31.53,

@@ -114,6 +114,8 @@ pub struct ModelPart {
     pub choice: String,
     /// What it computes on.
     pub device: DeviceKind,
+    /// Memory that all models together may take, in MiB; as much as there is where missing.
+    pub memory_mib: Option<u64>,
     /// Where model files are kept; `ingle/models` in the user's cache folder where missing.
     pub cache: Option<PathBuf>,
     /// GiB that they may have; half of their disk where missing.
@@ -124,8 +126,14 @@ pub struct ModelPart {
 
 impl Default for ModelPart {
     fn default() -> Self {
-        let parameters = GivenParameters::default();
-        Self { choice: "default".into(), device: DeviceKind::Auto, cache: None, cache_limit_gib: None, parameters }
+        Self {
+            choice: "default".into(),
+            device: DeviceKind::Auto,
+            memory_mib: None,
+            cache: None,
+            cache_limit_gib: None,
+            parameters: GivenParameters::default(),
+        }
     }
 }
 

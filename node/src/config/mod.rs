@@ -148,6 +148,8 @@ pub struct Settings {
     pub device: DeviceKind,
     /// What the file gives for the model.
     pub parameters: GivenParameters,
+    /// Bytes of memory that all models together may take.
+    pub model_memory: Option<u64>,
     /// Servers elsewhere that answer for more models.
     pub endpoints: Vec<EndpointPart>,
     /// Where model files are kept, absolute.
@@ -267,6 +269,7 @@ impl Settings {
             model,
             device: layer.device.unwrap_or(file.model.device),
             parameters: file.model.parameters,
+            model_memory: file.model.memory_mib.map(|mib| mib.saturating_mul(1 << 20)),
             endpoints,
             model_cache: absolute(model_cache)?,
             model_cache_limit: file.model.cache_limit_gib.map(|gib| gib.saturating_mul(1 << 30)),

@@ -2,10 +2,13 @@
 
 use ingle_actors::gateway::RequestRecord;
 use ingle_actors::monitor::ClusterStatus;
-use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, ShownParameters, Verification};
+use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, Verification};
 use ingle_actors::protocol::RequestId;
+use ingle_actors::worker::manager::{LoadRequest, SeenModel};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::models::{ModelsReply, ModelsRequest};
 
 /// The longest line. A chat text from standard input and the status of a large cluster fit well.
 pub const LINE_LIMIT: u64 = 8 << 20;
@@ -37,12 +40,23 @@ pub enum Request {
         /// Let it take work again instead.
         undo: bool,
     },
-    /// The parameters of the node's own model.
-    ShowParameters {
-        /// The model's name, or `default`.
+    /// What is loaded on which node.
+    Loaded,
+    /// Load a model here.
+    Load(LoadRequest),
+    /// Unload a model here.
+    Unload {
+        /// Its name, or `default`.
+        model: String,
+        /// How long its answers may take to finish, in milliseconds.
+        limit_ms: u64,
+    },
+    /// Ask a model for one token.
+    TestModel {
+        /// Its name, or `default`.
         model: String,
     },
-    /// Change parameters of the node's own model.
+    /// Change parameters of the node's own model, or of a registered one.
     SetParameters {
         /// The model's name, or `default`.
         model: String,
@@ -56,6 +70,8 @@ pub enum Request {
         /// Those of this model; all without one.
         name: Option<String>,
     },
+    /// Something about the household's models.
+    Models(ModelsRequest),
     /// Answer a text.
     Chat {
         /// What the person says.
@@ -65,6 +81,15 @@ pub enum Request {
         /// Instructions, if any.
         system: Option<String>,
     },
+}
+
+/// The models of one node.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct LoadedOn {
+    /// The node's name.
+    pub node: String,
+    /// What it has and knows; of another node what it tells everybody.
+    pub models: Vec<SeenModel>,
 }
 
 /// What the node says.
@@ -86,12 +111,37 @@ pub enum Reply {
         /// How many of them moved.
         moved: u32,
     },
-    /// To `ShowParameters`.
-    Parameters(ShownParameters),
-    /// To `SetParameters` and `VerifyModels`: how far it is, in words. One comes every few seconds.
+    /// To `Loaded`: this node first.
+    Loaded(Vec<LoadedOn>),
+    /// To `Load`: it is ready.
+    ModelReady {
+        /// Its name.
+        name: String,
+        /// The node's.
+        node: String,
+    },
+    /// To `Unload`: its process has ended.
+    Unloaded {
+        /// Bytes of memory that the process had.
+        freed: u64,
+    },
+    /// To `TestModel`: it answers.
+    Tested {
+        /// The node that answered.
+        node: String,
+        /// The model's full name.
+        model: String,
+        /// Tokens of the prompt.
+        prompt_tokens: u32,
+        /// Milliseconds until the first token.
+        ms: u64,
+    },
+    /// To `SetParameters`, `Load` and `VerifyModels`: how far it is, in words. One comes every few seconds.
     Progress(String),
     /// To `SetParameters`: they hold, and how that came.
     ParametersSet(Outcome),
+    /// To `Models`.
+    Models(Box<ModelsReply>),
     /// To `VerifyModels`: what came of it.
     Verified(Verification),
     /// To `Chat`: a piece of the answer.

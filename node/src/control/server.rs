@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::loading;
 use super::messages::{LineError, Reply, Request, read, write};
 use crate::commands::progress_line;
 use crate::ingress::{self, LOCAL_PRINCIPAL};
@@ -134,6 +135,18 @@ async fn serve(stream: LocalStream, node: &Arc<Node>, chat_deadline: Duration) -
                 () = left => Ok(()),
             }
         }
+        Request::Load(request) => tokio::select! {
+            result = loading::load(node, &request, &mut writer) => result,
+            // It goes on loading.
+            () = left => Ok(()),
+        },
+        Request::TestModel { model } => {
+            let request = chat_request("hello".into(), model, None, chat_deadline);
+            tokio::select! {
+                reply = loading::test(node, request) => write(&mut writer, &reply).await,
+                () = left => Ok(()),
+            }
+        }
         other => {
             let reply = answer(node.clone(), other).await;
             write(&mut writer, &reply).await
@@ -143,7 +156,9 @@ async fn serve(stream: LocalStream, node: &Arc<Node>, chat_deadline: Duration) -
 
 async fn answer(node: Arc<Node>, request: Request) -> Reply {
     let deadline = match &request {
-        Request::Drain { limit_ms, .. } => CHANGE_DEADLINE.saturating_add(Duration::from_millis(*limit_ms)),
+        Request::Drain { limit_ms, .. } | Request::Unload { limit_ms, .. } => {
+            CHANGE_DEADLINE.saturating_add(Duration::from_millis(*limit_ms))
+        }
         _ => CHANGE_DEADLINE,
     };
     // In a task of its own: a join must not be torn in two because somebody pressed Ctrl-C.
@@ -175,13 +190,19 @@ async fn answer(node: Arc<Node>, request: Request) -> Reply {
                     Err(why) => Reply::Error(why),
                 }
             }
-            Request::ShowParameters { model } => match node.parameters(&model) {
-                Ok(shown) => Reply::Parameters(shown),
+            Request::Loaded => Reply::Loaded(loading::loaded(&node)),
+            Request::Unload { model, limit_ms } => {
+                loading::unload(&node, &model, Duration::from_millis(limit_ms)).await
+            }
+            Request::Models(request) => match Box::pin(super::models::answer(&node, request)).await {
+                Ok(reply) => Reply::Models(Box::new(reply)),
                 Err(why) => Reply::Error(why),
             },
-            Request::Chat { .. } | Request::SetParameters { .. } | Request::VerifyModels { .. } => {
-                Reply::Error("that is answered elsewhere".into())
-            }
+            Request::Chat { .. }
+            | Request::SetParameters { .. }
+            | Request::Load(_)
+            | Request::TestModel { .. }
+            | Request::VerifyModels { .. } => Reply::Error("that is answered elsewhere".into()),
         }
     });
     match tokio::time::timeout(deadline, work).await {

@@ -1,5 +1,6 @@
 //! HTTP for programs on this machine.
 
+mod admin;
 mod authenticate;
 mod body;
 mod guard;
@@ -55,6 +56,7 @@ pub fn routes(app: Arc<App>, guard: Guard) -> Router {
         .route("/v1/models", get(models::list))
         // A model's name may have slashes in it.
         .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/admin/models", get(admin::models))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .with_state(app);

@@ -205,10 +205,16 @@ impl Frame {
     /// The frame as bytes, head first.
     pub fn to_bytes(&self) -> Bytes {
         let mut bytes = BytesMut::with_capacity(HEAD_LEN + self.body.len());
+        self.write(&mut bytes);
+        bytes.freeze()
+    }
+
+    /// Puts the frame behind what is in `bytes`.
+    pub fn write(&self, bytes: &mut BytesMut) {
+        bytes.reserve(HEAD_LEN + self.body.len());
         bytes.put_u8(self.kind);
         bytes.put_u32_le(self.body.len() as u32);
         bytes.put_slice(&self.body);
-        bytes.freeze()
     }
 
     /// `bytes` as one frame (for payloads that carry whole frames, as the control plane does).

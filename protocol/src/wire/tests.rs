@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::v2::*;
 use super::*;
+use crate::registry::{Endpoint, ModelType, NewModel, Origin, Registry, Stamp, Value};
 use crate::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};
 
 mod neighbours;
@@ -62,6 +63,33 @@ fn facts() -> NodeFacts {
     }
 }
 
+/// A model that was changed on two nodes at a time, and removed on one of them.
+fn registry_entry() -> RegistryEntry {
+    let new = NewModel {
+        name: "glm-4.7".into(),
+        kind: ModelType::Llm,
+        origin: Origin::Endpoint(Endpoint {
+            url: "http://model-server:8080".into(),
+            model: Some("glm".into()),
+            api_key_env: Some("FAR_KEY".into()),
+        }),
+        sha256: Some(ModelDigest([7; 32])),
+        keep_alive: Some(600),
+        parameters: [("batch_size".to_owned(), Value::Number(4))].into(),
+        pins: vec!["tower".into()],
+    };
+    let stamp = |node: u8, counter| Stamp { counter, node: NodeId([node; 16]) };
+    let mut one = Registry::default();
+    one.add(new, stamp(1, 1_700_000_000_000)).unwrap();
+    let mut other = one.clone();
+    let words = [("kv_type".to_owned(), Some(Value::Word("int8".into())))].into();
+    one.set_parameters("glm-4.7", &words, stamp(1, 1_700_000_000_001)).unwrap();
+    other.set_parameters("glm-4.7", &words, stamp(2, 1_700_000_000_002)).unwrap();
+    other.remove("glm-4.7", stamp(2, 1_700_000_000_003)).unwrap();
+    one.merge(&other.entries().next().unwrap()).unwrap();
+    one.entries().next().unwrap()
+}
+
 /// Every field has a value of its own.
 fn sampling() -> Sampling {
     Sampling {
@@ -119,6 +147,7 @@ fn samples() -> Vec<(&'static str, Frame)> {
         sample(NotWelcome { why: "another cluster".into(), duplicate: false }),
         sample(Goodbye { why: "shutting down".into() }),
         sample(facts()),
+        sample(registry_entry()),
         sample(request()),
         sample(Accepted { prompt_tokens: 1500, cached_tokens: 1024, context_length: 2048, load: load() }),
         sample(Refused {

@@ -12,6 +12,8 @@ use crate::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};
 mod files;
 mod parameters;
 mod sampling;
+/// An entry of the registry of models: sent to every peer when it changes, and all of them to a new peer.
+pub use crate::registry::Entry as RegistryEntry;
 pub use files::*;
 pub use parameters::*;
 pub use sampling::*;
@@ -33,6 +35,7 @@ frames! {
     0x03 NotWelcome at_most 4 * KIB;
     0x04 Goodbye at_most 4 * KIB;
     0x05 NodeFacts at_most 256 * KIB;
+    0x06 RegistryEntry at_most 256 * KIB;
     0x07 HeldFiles at_most 16 * KIB;
     0x10 Request at_most 16 * MIB;
     0x11 Accepted at_most 4 * KIB;

@@ -67,7 +67,12 @@ fn choose(body: &[u8], wanted: Option<&str>) -> Result<FoundModel, String> {
     let found = match (wanted, list.data.as_slice()) {
         (_, []) => return Err("it has no model".into()),
         (None, [only]) => only,
-        (None, _) => return Err(format!("it has several models ({}): choose one with --endpoint-model", named())),
+        (None, _) => {
+            return Err(format!(
+                "it has several models ({}): choose one with --endpoint-model (--model of `ingle models add`)",
+                named()
+            ));
+        }
         (Some(wanted), all) => {
             // Ollama lists `name:latest` and answers to `name`.
             let latest = format!("{wanted}:latest");

@@ -13,6 +13,7 @@ mod sse;
 mod stream;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -48,6 +49,8 @@ const IDLE_LIMIT: Duration = Duration::from_secs(4);
 const PROBE_INTERVAL: Duration = Duration::from_secs(5);
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(15);
+/// How often one that is to go is looked at, whether its answers have ended.
+const FINISH_LOOK: Duration = Duration::from_millis(20);
 /// A tokenizer is not here; four bytes a token is the usual estimate for English.
 const BYTES_PER_TOKEN: usize = 4;
 
@@ -103,6 +106,18 @@ pub struct EndpointWorker {
     state: watch::Sender<ModelState>,
     /// Wakes the prober: a request did not come through.
     trouble: Arc<Notify>,
+    /// It is to go: whatever the far side says, it takes nothing new.
+    retiring: AtomicBool,
+}
+
+/// Asks a far server once: the name of the model that it would answer with, or why it would not.
+pub(crate) async fn ask_once(options: &EndpointOptions) -> Result<String, String> {
+    let client = client(&options.url).map_err(|error| error.to_string())?;
+    match health::probe(&client, &options.url, options.key.as_ref(), options.model.as_deref()).await {
+        Ok(found) => Ok(found.name),
+        Err(NotReady::Loading) => Err("it is there, but still reads its model".into()),
+        Err(NotReady::Failed(why)) => Err(why),
+    }
 }
 
 impl EndpointWorker {
@@ -135,6 +150,7 @@ impl EndpointWorker {
             status: Mutex::new(status),
             state: watch::Sender::new(ModelState::Loading),
             trouble: Arc::default(),
+            retiring: AtomicBool::new(false),
         }))
     }
 
@@ -227,7 +243,22 @@ impl EndpointWorker {
         self.set_state(state);
     }
 
+    /// Takes nothing new from now on. Returns when its answers have ended, at the latest after `limit`.
+    pub(crate) async fn retire(&self, limit: Duration) {
+        self.retiring.store(true, Ordering::Release);
+        self.set_state(ModelState::Draining);
+        let finished = async {
+            // Answers end by themselves; there is no event for "all of them did".
+            while self.meter.load() != Load::default() {
+                tokio::time::sleep(FINISH_LOOK).await;
+            }
+        };
+        let _ = tokio::time::timeout(limit, finished).await;
+    }
+
     fn set_state(&self, state: ModelState) {
+        let goes = self.retiring.load(Ordering::Acquire) && state != ModelState::Unloaded;
+        let state = if goes { ModelState::Draining } else { state };
         let changed = std::mem::replace(&mut self.status().state, state.clone()) != state;
         if changed {
             tracing::info!(endpoint = %self.options.url, state = state.words(), "an endpoint changed");
@@ -302,7 +333,7 @@ impl Worker for EndpointWorker {
             name: self.name_in(&status),
             digest: status.model.as_deref().map(digest),
             state: status.state.clone(),
-            engine: (status.state == ModelState::Ready).then_some(EngineId {
+            engine: matches!(status.state, ModelState::Ready | ModelState::Draining).then_some(EngineId {
                 node: own,
                 index: self.index,
                 generation: status.generation,

@@ -1,10 +1,12 @@
-//! `ingle models`: parameters, and model files in other formats with what that costs.
+//! `ingle models`: loaded and unloaded, parameters, and model files in other formats with what that costs.
 
 mod embed;
 mod eval;
+mod load;
 mod parameters;
 mod progress;
 mod quantize;
+mod registry;
 mod verify;
 
 use std::sync::Arc;
@@ -23,10 +25,20 @@ use crate::cli::{Models, ModelsCommand};
 use crate::config::Settings;
 
 /// Runs one of the commands.
-pub async fn run(settings: &Settings, models: Models) -> anyhow::Result<()> {
+/// `verbose` is the option of every command.
+pub async fn run(settings: &Settings, models: Models, verbose: bool) -> anyhow::Result<()> {
     match models.command {
+        ModelsCommand::Add(options) => registry::add(settings, options).await,
+        ModelsCommand::Rm(options) => registry::remove(settings, options).await,
+        ModelsCommand::SetDefault(options) => registry::set_default(settings, options).await,
+        ModelsCommand::Pin(options) => registry::pin(settings, options).await,
+        ModelsCommand::Ls(options) => registry::list(settings, options).await,
+        ModelsCommand::Status(options) => registry::status(settings, options, verbose).await,
         ModelsCommand::Show(options) => parameters::show(settings, options).await,
         ModelsCommand::Set(options) => parameters::set(settings, options).await,
+        ModelsCommand::Load(options) => load::load(settings, options).await,
+        ModelsCommand::Unload(options) => load::unload(settings, options).await,
+        ModelsCommand::Test(options) => load::test(settings, options).await,
         ModelsCommand::Quantize(options) => quantize::run(settings, options).await,
         ModelsCommand::Eval(options) => eval::run(settings, options).await,
         ModelsCommand::Embed(options) => embed::run(settings, options).await,

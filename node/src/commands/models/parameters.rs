@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use ingle_actors::node::{
-    Change, GivenParameters, ModelParameters, Outcome, Parameter, ParameterChanges, ParameterValue, ShownParameters,
-    Source, set_offline, show_offline,
+    Change, GivenParameters, ModelDetails, ModelParameters, Outcome, Parameter, ParameterChanges, ParameterValue,
+    ShownParameters, Source, set_offline, show_offline,
 };
 use serde_json::json;
 
+use super::registry::about;
 use crate::cli::{SetParameters, ShowParameters};
 use crate::commands::{explain_error, unexpected};
 use crate::config::Settings;
-use crate::control::{Client, ControlError, Reply, Request};
+use crate::control::{Client, ControlError, ModelsReply, ModelsRequest, Reply, Request};
 use crate::exit::UsageError;
 use crate::output::{complain, print};
 
@@ -22,19 +23,31 @@ const DEFAULT: &str = "default";
 
 /// Shows what holds: for the running node, or where none runs for its next start.
 pub async fn show(settings: &Settings, options: ShowParameters) -> anyhow::Result<()> {
-    let request = Request::ShowParameters { model: options.model.clone() };
-    let shown = match Client::ask(&settings.state_dir, &request).await {
+    let request = Request::Models(ModelsRequest::Show { model: options.model.clone() });
+    let ModelDetails { parameters, model } = match Client::ask(&settings.state_dir, &request).await {
         Ok(mut client) => match client.next(SILENCE_LIMIT).await? {
-            Reply::Parameters(shown) => shown,
+            Reply::Models(reply) => match *reply {
+                ModelsReply::Details(details) => details,
+                _ => return Err(unexpected()),
+            },
             _ => return Err(unexpected()),
         },
         Err(ControlError::NoNode) => {
             complain("No node runs here now: this is what its next start takes.");
-            show_offline(&settings.state_dir, settings.model.as_ref(), &settings.parameters, &options.model)?
+            let (state_dir, model) = (&settings.state_dir, settings.model.as_ref());
+            let shown = show_offline(state_dir, model, &settings.parameters, &options.model)?;
+            ModelDetails { parameters: Some(shown), model: None }
         }
         Err(error) => return Err(explain_error(settings, error)),
     };
-    print(&if options.json { serde_json::to_string_pretty(&shown)? + "\n" } else { table(&shown) })
+    if options.json {
+        let name = model.as_ref().map(|model| &model.name).or(parameters.as_ref().map(|shown| &shown.model));
+        let shown = parameters.as_ref().map(|shown| shown.parameters.as_slice()).unwrap_or_default();
+        let all = json!({ "model": name, "parameters": shown, "registry": model });
+        return print(&format!("{}\n", serde_json::to_string_pretty(&all)?));
+    }
+    let known = model.filter(|model| model.registered).map(|model| about(&model)).unwrap_or_default();
+    print(&(parameters.as_ref().map(table).unwrap_or_default() + &known))
 }
 
 /// Sets parameters and waits until they hold.
@@ -63,7 +76,7 @@ pub async fn set(settings: &Settings, options: SetParameters) -> anyhow::Result<
     print(&format!("{}\n", in_words(outcome)))
 }
 
-fn changes(values: &[String]) -> Result<ParameterChanges, UsageError> {
+pub(super) fn changes(values: &[String]) -> Result<ParameterChanges, UsageError> {
     let mut changes = ParameterChanges::new();
     for text in values {
         let (name, value) = text

@@ -7,7 +7,9 @@ use axum::Extension;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::Response;
-use ingle_actors::gateway::{ChatRequest, Reply};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use ingle_actors::gateway::{ChatRequest, GatewayError, Reply};
 use ingle_actors::protocol::wire::Answer;
 use ingle_actors::protocol::wire::v2::{FinishReason, Finished, Logprobs, Priority};
 use serde::Serialize;
@@ -102,6 +104,10 @@ pub async fn create(
     let result = answer(&app, context, principal, request, &mut log).await;
     match result {
         Ok(Begun::Whole(response)) => Ok(response),
+        Ok(Begun::Waits(waits)) => {
+            log.streams = true;
+            Ok(stream::respond_when_ready(waits, log))
+        }
         Ok(Begun::Stream { writer, reply, headers }) => {
             log.streams = true;
             let mut response = stream::respond(*writer, reply.answers, log);
@@ -115,6 +121,8 @@ pub async fn create(
     }
 }
 
+/// A stream whose model is being loaded begins after this long, so that its client sees that the connection lives.
+const SILENT_WAIT: Duration = Duration::from_secs(3);
 /// Bodies from here on, in bytes, are parsed away from the threads that everything else runs on.
 const LARGE_BODY: usize = 256 << 10;
 
@@ -122,6 +130,8 @@ const LARGE_BODY: usize = 256 << 10;
 enum Begun {
     /// It is complete.
     Whole(Response),
+    /// Its model is being loaded, and its client would like to see events.
+    Waits(BoxFuture<'static, Result<(EventWriter, Reply), ApiError>>),
     /// The rest comes.
     Stream { writer: Box<EventWriter>, reply: Reply, headers: AnswerHeaders },
 }
@@ -165,15 +175,24 @@ async fn answer(
         extra: parsed.extra,
     };
     // On the heap: the future of a whole request through the cluster is large.
-    let begun = Box::pin(app.node.chat(request)).await;
+    let node = app.node.clone();
+    let mut asking = async move { node.chat(request).await }.boxed();
+    let id = format!("chatcmpl-{}", context.request_id);
+    let Some(begun) = begun_or_waiting(app, &wanted, parsed.stream, &mut asking).await else {
+        let (tools, include_usage) = (parsed.tools, parsed.include_usage);
+        return Ok(Begun::Waits(
+            async move {
+                let reply = asking.await?;
+                let tools = AnswerTools::new(tools, &reply.features);
+                Ok((EventWriter::new(head_of(id, &reply), include_usage, tools), reply))
+            }
+            .boxed(),
+        ));
+    };
     // The full name where there is one, once: a field recorded twice stands there twice.
     context.span.record("model", begun.as_ref().map_or(&wanted, |reply| &reply.model));
     let mut reply = begun?;
-    let head = Head {
-        id: format!("chatcmpl-{}", context.request_id),
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
-        model: reply.model.clone(),
-    };
+    let head = head_of(id, &reply);
     let headers = AnswerHeaders { node: reply.node.clone(), explain: explains.then(|| reply.record.lock().line()) };
     let tools = AnswerTools::new(parsed.tools, &reply.features);
     if parsed.stream {
@@ -183,6 +202,31 @@ async fn answer(
     let mut response = collect(head, &mut reply, wants_logprobs, tools, log).await?;
     headers.insert(&mut response);
     Ok(Begun::Whole(response))
+}
+
+fn head_of(id: String, reply: &Reply) -> Head {
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
+    Head { id, created, model: reply.model.clone() }
+}
+
+/// What comes of asking; `None` where it takes long because the model is being loaded, and the client can be told so
+/// by events. Until then an error still has a status of its own.
+async fn begun_or_waiting(
+    app: &App,
+    model: &str,
+    streams: bool,
+    asking: &mut BoxFuture<'static, Result<Reply, GatewayError>>,
+) -> Option<Result<Reply, GatewayError>> {
+    loop {
+        tokio::select! {
+            begun = &mut *asking => return Some(begun),
+            () = tokio::time::sleep(SILENT_WAIT), if streams => {
+                if app.node.is_waited_for(model) {
+                    return None;
+                }
+            }
+        }
+    }
 }
 
 /// Waits for the whole answer.
@@ -314,6 +358,11 @@ impl RequestLog {
             Answer::Refused(_) => self.outcome = Some("refused"),
             Answer::Accepted(_) | Answer::Progress(_) => {}
         }
+    }
+
+    /// It ends with an error after it was told that it would be a stream.
+    pub fn failed(&mut self, error: &ApiError) {
+        self.outcome = Some(error.code.unwrap_or(error.kind));
     }
 
     fn refused(&mut self, error: &ApiError) {

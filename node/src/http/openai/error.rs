@@ -132,6 +132,7 @@ impl From<GatewayError> for ApiError {
         match error {
             GatewayError::UnknownModel { .. } => Self::no_model(message),
             GatewayError::NoWorker { retry_after, .. } => Self::unavailable("no_worker", message, Some(retry_after)),
+            GatewayError::Loading { retry_after, .. } => Self::unavailable("model_loading", message, Some(retry_after)),
             GatewayError::Quota { retry_after, .. } => Self::over_quota(message, retry_after),
             GatewayError::Refused(refused) => refused.into(),
             GatewayError::Failed(failed) => failed.into(),

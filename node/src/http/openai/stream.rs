@@ -7,6 +7,9 @@ use axum::body::Body;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use ingle_actors::gateway::Reply;
 use ingle_actors::json::Members;
 use ingle_actors::protocol::wire::Answer;
 use ingle_actors::protocol::wire::v2::{Failed, FailureKind, Finished, Logprobs, Token};
@@ -239,6 +242,13 @@ impl Running {
         Some(out.into())
     }
 
+    /// All bytes to send.
+    fn events(self) -> impl futures_util::Stream<Item = Result<Bytes, Infallible>> + Send {
+        futures_util::stream::unfold(self, |mut running| async move {
+            running.next().await.map(|bytes| (Ok(bytes), running))
+        })
+    }
+
     fn take_ready(&mut self, out: &mut Vec<u8>) {
         while out.len() < BATCH && !self.writer.ended {
             let Ok(answer) = self.answers.try_recv() else { break };
@@ -265,10 +275,41 @@ pub fn broken_off() -> Answer {
 
 /// The response that streams `answers`.
 pub fn respond(writer: EventWriter, answers: mpsc::Receiver<Answer>, log: RequestLog) -> Response {
-    let running = Running { writer, answers, log, begun: false, keep_alive: KEEP_ALIVE };
-    let events = futures_util::stream::unfold(running, |mut running| async move {
-        running.next().await.map(|bytes| (Ok::<_, Infallible>(bytes), running))
+    events(Running { writer, answers, log, begun: false, keep_alive: KEEP_ALIVE }.events().boxed())
+}
+
+/// An answer that has not begun, because its model is being loaded.
+type Waits = BoxFuture<'static, Result<(EventWriter, Reply), ApiError>>;
+
+/// The response that says that it waits until the answer begins, and then streams it. It has no headers that say who
+/// answers: nobody knows yet. An error is an event.
+pub fn respond_when_ready(waits: Waits, log: RequestLog) -> Response {
+    let waiting = futures_util::stream::unfold(Some((waits, log, true)), |state| async move {
+        let (mut waits, mut log, is_first) = state?;
+        let pause = if is_first { Duration::ZERO } else { KEEP_ALIVE };
+        match tokio::time::timeout(pause, &mut waits).await {
+            Err(_) => {
+                let comment = Bytes::from_static(b": the model is being loaded\n\n");
+                let piece = futures_util::stream::iter([Ok(comment)]).boxed();
+                Some((piece, Some((waits, log, false))))
+            }
+            Ok(Err(error)) => {
+                let mut out = Vec::new();
+                write_error(&mut out, &error);
+                log.failed(&error);
+                Some((futures_util::stream::iter([Ok(Bytes::from(out))]).boxed(), None))
+            }
+            Ok(Ok((writer, reply))) => {
+                let running = Running { writer, answers: reply.answers, log, begun: false, keep_alive: KEEP_ALIVE };
+                Some((running.events().boxed(), None))
+            }
+        }
     });
+    events(waiting.flatten().boxed())
+}
+
+/// A response of server-sent events.
+fn events(events: futures_util::stream::BoxStream<'static, Result<Bytes, Infallible>>) -> Response {
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8")),
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),

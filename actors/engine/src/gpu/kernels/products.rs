@@ -67,7 +67,7 @@ pub(crate) fn product(
     let threads = comptime!(THREADS as usize);
     let (chunks, outputs) = (chunks as usize, outputs as usize);
     let unit = UNIT_POS as usize;
-    let from = CUBE_POS as usize * rows;
+    let from = CUBE_POS * rows;
     let mut sum = Array::<f32>::new(sums);
     #[unroll]
     for n in 0..sums {

@@ -89,7 +89,7 @@ pub(crate) fn activate(both: &[f32], out: &mut [f32], width: u32, count: u32, #[
             gate / (1.0f32 + (-gate).exp())
         } else {
             // tanh(y) = 1 - 2 / (e^2y + 1), which no overflow turns into NaN.
-            let inner = 0.797_884_56f32 * (gate + 0.044_715f32 * gate * gate * gate);
+            let inner = 0.797_884_6f32 * (gate + 0.044_715f32 * gate * gate * gate);
             let tanh = 1.0f32 - 2.0f32 / ((2.0f32 * inner).exp() + 1.0f32);
             0.5f32 * gate * (1.0f32 + tanh)
         };

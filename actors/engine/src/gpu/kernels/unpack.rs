@@ -10,7 +10,7 @@ use crate::gpu::forms::{CHUNK, Form, SUPER, SUPER_WORDS, Scales};
 pub(super) fn half(bits: u32) -> f32 {
     let magnitude = (bits & 0x7fffu32) << 13u32;
     let normal = f32::reinterpret(magnitude + 0x3800_0000u32);
-    let small = f32::reinterpret(magnitude + 0x3880_0000u32) - f32::new(0.000_061_035_156_25f32);
+    let small = f32::reinterpret(magnitude + 0x3880_0000u32) - f32::new(0.000_061_035_156f32);
     let value = select(magnitude < 0x0080_0000u32, small, normal);
     select((bits & 0x8000u32) != 0u32, -value, value)
 }
