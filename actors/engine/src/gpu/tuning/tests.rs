@@ -170,7 +170,8 @@ fn a_gpus_file_that_is_damaged_or_of_another_card_is_ignored() {
     assert_eq!(planned(&card, &mut matrix, folder.path(), Duration::ZERO), (cuts.clone(), unmeasured()));
     let no_folder = folder.path().join("file");
     std::fs::write(&no_folder, "").unwrap();
-    assert_eq!(planned(&card, &mut matrix, &no_folder, Duration::ZERO), (cuts, unmeasured()));
+    assert_eq!(planned(&card, &mut matrix, &no_folder, BUDGET), (Cuts::new(), Source::Nothing));
+    assert_eq!(matrix.pieces()[0].cuts, COLUMNS.map(Cut::usual));
 }
 
 /// Engines that start together: one measures, the others find its outcome, and the file is whole at every moment.
@@ -253,6 +254,37 @@ fn decoder(card: &Card) -> Decoder {
     Decoder::load(card.clone(), &gguf, &model, 4).unwrap()
 }
 
+/// A kernel that cannot be compiled, or computes something else, is left out, and others go on.
+#[test]
+fn a_kernel_that_fails_on_a_gpu_is_left_out() {
+    let Some(card) = card() else { return };
+    let (matrix, _) = on_card(&card, Format::Q8_0, 64);
+    let pieces: Vec<&Piece> = matrix.pieces().iter().collect();
+    let kinds = kinds(&pieces);
+    let bench = Bench::new(&card, &kinds[0], 2);
+    let due = bench.results(Cut::usual(2)).unwrap();
+    // More threads than any card has for a workgroup.
+    let why = bench.try_out(Cut { threads: 1 << 20, outputs: 1 }, &due).unwrap_err();
+    println!("{why}");
+    let other: Vec<f32> = due.iter().map(|value| value + 1.0).collect();
+    assert_eq!(bench.try_out(Cut::usual(2), &other).unwrap_err(), "its results are others");
+    for cut in card.cuts(2) {
+        assert!(bench.try_out(cut, &due).is_ok_and(|seconds| seconds > 0.0), "{cut:?}");
+    }
+}
+
+#[test]
+fn the_usual_cut_stays_unless_another_is_clearly_faster() {
+    let [a, b, c] = [1, 2, 4].map(|outputs| Cut { threads: 64, outputs });
+    let chosen = |times: [f64; 3]| choose(&[(a, times[0]), (b, times[1]), (c, times[2])]).0;
+    assert_eq!(chosen([1.0, 0.98, 0.975]), a);
+    assert_eq!(chosen([1.0, 0.5, 0.9]), b);
+    // Nearly as fast as the fastest, and before it.
+    assert_eq!(chosen([1.0, 0.51, 0.5]), b);
+    assert_eq!(chosen([1.0, 0.6, 0.5]), c);
+    assert_eq!(choose(&[(a, 1.0)]).0, a);
+}
+
 #[test]
 fn results_agree_up_to_the_order_of_sums() {
     let due = [1.0, -2.0, 0.0];
@@ -264,8 +296,7 @@ fn results_agree_up_to_the_order_of_sums() {
     assert!(agree(&[0.0], &[0.0]) && !agree(&[1e-9], &[0.0]) && !agree(&[f32::NAN], &[0.0]));
 }
 
-/// What is measured first is what a single sequence takes, the largest matrices before the others; what would need more
-/// threads, memory or registers than there are is no candidate.
+/// What would need more threads, memory or registers than there are is no candidate.
 #[test]
 fn cuts_are_those_that_a_gpu_can_run() {
     for columns in COLUMNS {
