@@ -38,6 +38,8 @@ const LAUNCHES: (u64, u64) = (4, 32);
 const ROUNDS: usize = 3;
 /// The part of the usual cut's time below which another is clearly faster.
 const CLEARLY: f64 = 0.97;
+/// So many times as slow as the fastest is out of the question.
+const MUCH: f64 = 1.5;
 /// The difference of two cuts' results, as a part of the largest one, above which one of them is wrong.
 const TOLERANCE: f32 = 1e-3;
 
@@ -210,24 +212,27 @@ fn classes<'a>(kinds: &'a [Kind<'a>]) -> impl Iterator<Item = (&'a Kind<'a>, Cla
 fn fastest(card: &Card, kind: &Kind<'_>, columns: usize, deadline: Instant) -> Cut {
     let usual = Cut::usual(columns);
     let bench = Bench::new(card, kind, columns);
-    let first = bench.results(usual).and_then(|due| Ok((due, bench.seconds(usual)?)));
+    let first = bench.results(usual).and_then(|due| Ok((due, bench.seconds(usual, f64::INFINITY)?)));
     let (due, of_usual) = match first {
         Ok((due, seconds)) if due.iter().all(|value| value.is_finite()) => (due, seconds),
         // The warm-up will say what is wrong.
         _ => return usual,
     };
-    let mut measured = vec![(usual, of_usual)];
+    let (mut measured, mut least) = (vec![(usual, of_usual)], of_usual);
     for cut in card.cuts(columns).filter(|cut| *cut != usual) {
         if Instant::now() >= deadline {
             break;
         }
-        match bench.try_out(cut, &due) {
-            Ok(seconds) => measured.push((cut, seconds)),
+        match bench.try_out(cut, &due, least) {
+            Ok(seconds) => {
+                least = least.min(seconds);
+                measured.push((cut, seconds));
+            }
             Err(why) => tracing::warn!(?cut, form = kind.form.name(), columns, why, "a kernel is left out"),
         }
     }
     // Clocks rise under load: the usual one, which came first, gets another chance.
-    measured[0].1 = of_usual.min(bench.seconds(usual).unwrap_or(of_usual));
+    measured[0].1 = of_usual.min(bench.seconds(usual, f64::INFINITY).unwrap_or(of_usual));
     let (cut, seconds) = choose(&measured);
     let gain = 1.0 - seconds / measured[0].1;
     tracing::debug!(?cut, form = kind.form.name(), kind.inputs, kind.outputs, columns, gain, "the fastest kernel");
@@ -283,15 +288,16 @@ impl<'a> Bench<'a> {
     }
 
     /// Its seconds, if its results are those that are due.
-    fn try_out(&self, cut: Cut, due: &[f32]) -> Result<f64, String> {
+    fn try_out(&self, cut: Cut, due: &[f32], least: f64) -> Result<f64, String> {
         if !agree(&self.results(cut)?, due) {
             return Err("its results are others".into());
         }
-        self.seconds(cut)
+        self.seconds(cut, least)
     }
 
-    /// Seconds that some launches take, one piece after the other as in a step.
-    fn seconds(&self, cut: Cut) -> Result<f64, String> {
+    /// Seconds that some launches take, one piece after the other as in a step. `least`: the fastest so far, on which
+    /// one that is much slower need not be measured again.
+    fn seconds(&self, cut: Cut, least: f64) -> Result<f64, String> {
         let mut best = f64::INFINITY;
         for _ in 0..ROUNDS {
             self.card.sync()?;
@@ -301,6 +307,9 @@ impl<'a> Bench<'a> {
             }
             self.card.sync()?;
             best = best.min(started.elapsed().as_secs_f64());
+            if best > least * MUCH {
+                break;
+            }
         }
         Ok(best)
     }

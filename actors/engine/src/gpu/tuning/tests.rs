@@ -264,12 +264,12 @@ fn a_kernel_that_fails_on_a_gpu_is_left_out() {
     let bench = Bench::new(&card, &kinds[0], 2);
     let due = bench.results(Cut::usual(2)).unwrap();
     // More threads than any card has for a workgroup.
-    let why = bench.try_out(Cut { threads: 1 << 20, outputs: 1 }, &due).unwrap_err();
+    let why = bench.try_out(Cut { threads: 1 << 20, outputs: 1 }, &due, 1.0).unwrap_err();
     println!("{why}");
     let other: Vec<f32> = due.iter().map(|value| value + 1.0).collect();
-    assert_eq!(bench.try_out(Cut::usual(2), &other).unwrap_err(), "its results are others");
+    assert_eq!(bench.try_out(Cut::usual(2), &other, 1.0).unwrap_err(), "its results are others");
     for cut in card.cuts(2) {
-        assert!(bench.try_out(cut, &due).is_ok_and(|seconds| seconds > 0.0), "{cut:?}");
+        assert!(bench.try_out(cut, &due, 1.0).is_ok_and(|seconds| seconds > 0.0), "{cut:?}");
     }
 }
 
