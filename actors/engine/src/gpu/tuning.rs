@@ -33,8 +33,10 @@ const WAIT: Duration = Duration::from_secs(30);
 const MOST_KINDS: usize = 32;
 /// Bytes of weights that one measurement reads, about; what is much less stays in caches as it does in no step.
 const SWEEP: u64 = 256 << 20;
-/// Products of one measurement, and measurements of which the fastest counts.
-const LAUNCHES: (u64, u64) = (4, 32);
+/// Products of one measurement at most, and about how long it may take: on a slow card it is fewer.
+const LAUNCHES: u64 = 32;
+const LONG: Duration = Duration::from_millis(20);
+/// Measurements of which the fastest counts.
 const ROUNDS: usize = 3;
 /// The part of the usual cut's time below which another is clearly faster.
 const CLEARLY: f64 = 0.97;
@@ -211,9 +213,8 @@ fn classes<'a>(kinds: &'a [Kind<'a>]) -> impl Iterator<Item = (&'a Kind<'a>, Cla
 /// The cut to use: what [`choose`] makes of all that could be measured.
 fn fastest(card: &Card, kind: &Kind<'_>, columns: usize, deadline: Instant) -> Cut {
     let usual = Cut::usual(columns);
-    let bench = Bench::new(card, kind, columns);
-    let first = bench.results(usual).and_then(|due| Ok((due, bench.seconds(usual, f64::INFINITY)?)));
-    let (due, of_usual) = match first {
+    let mut bench = Bench::new(card, kind, columns, deadline);
+    let (due, of_usual) = match bench.begin(usual) {
         Ok((due, seconds)) if due.iter().all(|value| value.is_finite()) => (due, seconds),
         // The warm-up will say what is wrong.
         _ => return usual,
@@ -232,7 +233,9 @@ fn fastest(card: &Card, kind: &Kind<'_>, columns: usize, deadline: Instant) -> C
         }
     }
     // Clocks rise under load: the usual one, which came first, gets another chance.
-    measured[0].1 = of_usual.min(bench.seconds(usual, f64::INFINITY).unwrap_or(of_usual));
+    if measured.len() > 1 {
+        measured[0].1 = of_usual.min(bench.seconds(usual, f64::INFINITY).unwrap_or(of_usual));
+    }
     let (cut, seconds) = choose(&measured);
     let gain = 1.0 - seconds / measured[0].1;
     tracing::debug!(?cut, form = kind.form.name(), kind.inputs, kind.outputs, columns, gain, "the fastest kernel");
@@ -255,10 +258,12 @@ struct Bench<'a> {
     /// Room for what the largest piece gives.
     out: Buffer,
     launches: usize,
+    /// Behind it nothing is measured twice.
+    deadline: Instant,
 }
 
 impl<'a> Bench<'a> {
-    fn new(card: &'a Card, kind: &'a Kind<'_>, columns: usize) -> Self {
+    fn new(card: &'a Card, kind: &'a Kind<'_>, columns: usize, deadline: Instant) -> Self {
         // Any numbers from -1 to 1.
         let mut state = 1u32;
         let mut next = || {
@@ -268,9 +273,18 @@ impl<'a> Bench<'a> {
         let x: Vec<f32> = (0..columns * kind.inputs).map(|_| next()).collect();
         let widest = kind.pieces.iter().map(|piece| piece.outputs).max().unwrap_or(0);
         let each = (kind.bytes / kind.pieces.len().max(1) as u64).max(1);
-        let launches = (SWEEP / each).clamp(LAUNCHES.0, LAUNCHES.1) as usize;
+        let launches = (SWEEP / each).clamp(4, LAUNCHES) as usize;
         let (x, out) = (card.floats(&x), card.room(columns * widest));
-        Self { card, pieces: &kind.pieces, columns, x, out, launches }
+        Self { card, pieces: &kind.pieces, columns, x, out, launches, deadline }
+    }
+
+    /// The usual cut's results and seconds. How fast it is says how many launches a measurement has time for.
+    fn begin(&mut self, usual: Cut) -> Result<(Vec<f32>, f64), String> {
+        let due = self.results(usual)?;
+        let wanted = std::mem::replace(&mut self.launches, 1);
+        let one = self.seconds(usual, f64::INFINITY)?;
+        self.launches = ((LONG.as_secs_f64() / one.max(1e-9)) as usize).clamp(1, wanted);
+        Ok((due, self.seconds(usual, f64::INFINITY)?))
     }
 
     fn launch(&self, piece: &Piece, out: &Buffer, cut: Cut) {
@@ -307,7 +321,7 @@ impl<'a> Bench<'a> {
             }
             self.card.sync()?;
             best = best.min(started.elapsed().as_secs_f64());
-            if best > least * MUCH {
+            if best > least * MUCH || Instant::now() >= self.deadline {
                 break;
             }
         }

@@ -261,7 +261,7 @@ fn a_kernel_that_fails_on_a_gpu_is_left_out() {
     let (matrix, _) = on_card(&card, Format::Q8_0, 64);
     let pieces: Vec<&Piece> = matrix.pieces().iter().collect();
     let kinds = kinds(&pieces);
-    let bench = Bench::new(&card, &kinds[0], 2);
+    let bench = Bench::new(&card, &kinds[0], 2, Instant::now() + BUDGET);
     let due = bench.results(Cut::usual(2)).unwrap();
     // More threads than any card has for a workgroup.
     let why = bench.try_out(Cut { threads: 1 << 20, outputs: 1 }, &due, 1.0).unwrap_err();
