@@ -29,6 +29,7 @@ mod model_tests;
 #[cfg(test)]
 mod tests;
 mod tokens;
+mod tuning;
 
 pub(crate) use decoder::Decoder;
 
@@ -54,6 +55,8 @@ pub(crate) struct Card {
     memory: Option<u64>,
     /// Its kernels know numbers of half precision.
     halves: bool,
+    /// It is a driver that computes on the CPU.
+    software: bool,
 }
 
 impl std::fmt::Debug for Card {
@@ -104,7 +107,12 @@ pub(crate) fn load(
             ),
         });
     }
-    Ok((Decoder::load(card, gguf, model, blocks as usize)?, blocks))
+    let mut decoder = Decoder::load(card, gguf, model, blocks as usize)?;
+    // Where nothing is kept, every start would take the time again. On software it would be time lost in any case.
+    if let Some(cache) = options.packed_cache.as_ref().filter(|_| !decoder.card().software) {
+        tuning::tune(&mut decoder, &cache.folder, tuning::BUDGET);
+    }
+    Ok((decoder, blocks))
 }
 
 impl Buffer {
@@ -126,17 +134,16 @@ impl Card {
     /// shows that the kernels are right.
     pub fn find(software_too: bool) -> Option<Self> {
         // An adapter is set up once a process.
-        static FOUND: Mutex<Option<(bool, Card)>> = Mutex::new(None);
+        static FOUND: Mutex<Option<Card>> = Mutex::new(None);
         let mut found = FOUND.lock().ok()?;
         if found.is_none() {
             // A driver that is half installed panics somewhere in there; then there is no card.
             *found = std::panic::catch_unwind(Self::set_up).ok().flatten();
         }
-        found.as_ref().filter(|(software, _)| software_too || !software).map(|(_, card)| card.clone())
+        found.as_ref().filter(|card| software_too || !card.software).cloned()
     }
 
-    /// Whether it is software, and the adapter.
-    fn set_up() -> Option<(bool, Self)> {
+    fn set_up() -> Option<Self> {
         let wgpu = |device| match device {
             cubecl::Device::Wgpu(device) => Some(device),
             _ => None,
@@ -148,14 +155,14 @@ impl Card {
         let client = cubecl::Device::Wgpu(device).client();
         let info = setup.adapter.get_info();
         let halves = client.properties().supports_type(ElemType::Float(FloatKind::F16));
-        let card = Self {
+        Some(Self {
             client,
             name: info.name.clone(),
             driver: format!("{:?} {} {}", info.backend, info.driver, info.driver_info).trim().to_lowercase(),
             memory: memory_of(&setup),
             halves,
-        };
-        Some((info.device_type == wgpu::DeviceType::Cpu, card))
+            software: info.device_type == wgpu::DeviceType::Cpu,
+        })
     }
 
     /// What it is, in words.
@@ -163,7 +170,7 @@ impl Card {
         format!("gpu ({}, {})", self.name, if self.halves { "keys and values in f16" } else { "f32" })
     }
 
-    /// The numerics class.
+    /// The numerics class, but for how kernels are tuned to the card, which [`Decoder::tuning`] says.
     pub fn numerics(&self) -> String {
         let kv = if self.halves { "f16" } else { "f32" };
         format!("gpu-{ARITHMETIC}-cubecl-{CUBECL}-{kv}-{}-{}", self.name, self.driver).replace(' ', "_")

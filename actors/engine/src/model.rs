@@ -110,6 +110,7 @@ impl Model {
             #[cfg(feature = "gpu")]
             Place::Gpu(card) => {
                 let (decoder, blocks) = crate::gpu::load(card, &gguf, &hyperparameters, (for_one, fitting), options)?;
+                let numerics = format!("{numerics}-{}", decoder.tuning());
                 (Compute::Gpu(Box::new(decoder)), blocks, backend, numerics)
             }
         };

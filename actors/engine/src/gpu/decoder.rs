@@ -156,10 +156,24 @@ impl Decoder {
 
     /// Bytes of matrices that a step of decoding reads.
     pub fn weight_bytes(&self) -> u64 {
-        let of = |layer: &Layer| {
-            layer.query_key_value.bytes() + layer.attention_output.bytes() + layer.gate_up.bytes() + layer.down.bytes()
-        };
-        self.layers.iter().map(of).sum::<u64>() + self.output.bytes()
+        self.matrices().map(Matrix::bytes).sum()
+    }
+
+    /// All that a step multiplies with.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let of_layers = self.layers.iter().flat_map(|layer| {
+            let Layer { query_key_value, attention_output, gate_up, down, .. } = layer;
+            [query_key_value, attention_output, gate_up, down]
+        });
+        of_layers.chain([&self.output])
+    }
+
+    pub(super) fn matrices_mut(&mut self) -> impl Iterator<Item = &mut Matrix> {
+        let of_layers = self.layers.iter_mut().flat_map(|layer| {
+            let Layer { query_key_value, attention_output, gate_up, down, .. } = layer;
+            [query_key_value, attention_output, gate_up, down]
+        });
+        of_layers.chain([&mut self.output])
     }
 
     /// Room for `rows` rows, which are a power of two where they are few.

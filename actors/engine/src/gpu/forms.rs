@@ -68,6 +68,19 @@ impl Form {
         Self { bits, scales }
     }
 
+    /// A word for it, which no other form has.
+    pub fn name(self) -> String {
+        let scales = match self.scales {
+            Scales::Single | Scales::Half => "float",
+            Scales::Brain => "brain",
+            Scales::Centred { .. } => "centred",
+            Scales::Pair => "pair",
+            Scales::Nested => "nested",
+            Scales::Signed => "signed",
+        };
+        format!("{scales}-{}", self.bits)
+    }
+
     /// Words of the weights of a row, and of its scales.
     pub const fn words(self, inputs: usize) -> (usize, usize) {
         let scales = match self.scales {

@@ -4,20 +4,39 @@ use cubecl::prelude::*;
 use rayon::prelude::*;
 
 use super::forms::Form;
-use super::kernels::{self, Ending};
+use super::kernels::{self, Cut, Ending};
 use super::{Buffer, Card};
 use crate::dequantize::Format;
 use crate::gguf::{Gguf, GgufError};
 use crate::model::weights::{Part, piece};
 
 /// Some outputs, all of one form.
-struct Piece {
+pub(super) struct Piece {
     codes: Buffer,
     scales: Buffer,
-    form: Form,
-    outputs: usize,
+    pub form: Form,
+    pub inputs: usize,
+    pub outputs: usize,
     /// The place of the first of them among all.
     first: usize,
+    /// How workgroups are cut for each of [`COLUMNS`].
+    pub cuts: [Cut; COLUMNS.len()],
+}
+
+/// Rows that few ones are rounded up to.
+pub(super) const COLUMNS: [usize; 5] = [1, 2, 4, 8, kernels::FEW];
+
+/// Where a product of few rows goes.
+#[derive(Clone, Copy)]
+pub(super) struct Target<'a> {
+    pub out: &'a Buffer,
+    /// Of a row of `out`.
+    pub width: usize,
+    /// The place of the first output in it.
+    pub first: usize,
+    pub bias: Option<&'a Buffer>,
+    /// Adds to what is there.
+    pub add: bool,
 }
 
 /// Matrices with the same inputs, side by side.
@@ -77,66 +96,93 @@ impl Matrix {
             .for_each(|((codes, scales), row)| form.pack(format, row, codes, scales));
         let outputs = rows.len();
         let (codes, scales) = (card.words(&of_codes), card.words(&of_scales));
-        self.pieces.push(Piece { codes, scales, form, outputs, first: self.outputs });
+        let (inputs, first, cuts) = (self.inputs, self.outputs, COLUMNS.map(Cut::usual));
+        self.pieces.push(Piece { codes, scales, form, inputs, outputs, first, cuts });
         self.outputs += outputs;
     }
 
     /// Bytes on the card.
     pub fn bytes(&self) -> u64 {
-        self.pieces.iter().map(|piece| (piece.codes.count + piece.scales.count) as u64 * 4).sum()
+        self.pieces.iter().map(Piece::bytes).sum()
+    }
+
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    pub fn pieces_mut(&mut self) -> &mut [Piece] {
+        &mut self.pieces
     }
 
     /// `out = weights · x (+ bias)`, or added to `out`, for the first `rows` rows of `x` and `out`. Where they are few,
     /// `x` and `out` have room for the next power of two.
     pub fn apply(&self, card: &Card, x: &Buffer, rows: usize, out: &Buffer, add: bool) {
-        let bias = self.bias.as_ref().unwrap_or(x);
-        let ending = Ending { bias: self.bias.is_some(), add };
+        let bias = self.bias.as_ref();
+        let ending = Ending { bias: bias.is_some(), add };
         for piece in &self.pieces {
+            if rows <= kernels::FEW {
+                let which = rows.next_power_of_two().trailing_zeros() as usize;
+                let target = Target { out, width: self.outputs, first: piece.first, bias, add };
+                piece.few(card, x, COLUMNS[which], target, piece.cuts[which]);
+                continue;
+            }
             let (outputs, chunks) = (piece.outputs as u32, (self.inputs / super::forms::CHUNK) as u32);
             let (width, first) = (self.outputs as u32, piece.first as u32);
+            let (across, down) = (piece.outputs.div_ceil(kernels::TILE), rows.div_ceil(kernels::TILE));
             // SAFETY: the buffers are as long as the sizes say.
             unsafe {
-                if rows <= kernels::FEW {
-                    let columns = rows.next_power_of_two();
-                    let cubes = piece.outputs.div_ceil(kernels::outputs_at_once(columns));
-                    kernels::product::launch_unchecked(
-                        &card.client,
-                        grid(cubes),
-                        CubeDim::new_1d(kernels::THREADS),
-                        piece.codes.arg(),
-                        piece.scales.arg(),
-                        bias.arg(),
-                        x.arg(),
-                        out.arg(),
-                        outputs,
-                        chunks,
-                        width,
-                        first,
-                        piece.form,
-                        columns,
-                        ending,
-                    );
-                } else {
-                    let (across, down) = (piece.outputs.div_ceil(kernels::TILE), rows.div_ceil(kernels::TILE));
-                    kernels::tiled_product::launch_unchecked(
-                        &card.client,
-                        CubeCount::Static(across as u32, down as u32, 1),
-                        CubeDim::new_1d(kernels::TILE_THREADS),
-                        piece.codes.arg(),
-                        piece.scales.arg(),
-                        bias.arg(),
-                        x.arg(),
-                        out.arg(),
-                        outputs,
-                        chunks,
-                        rows as u32,
-                        width,
-                        first,
-                        piece.form,
-                        ending,
-                    );
-                }
+                kernels::tiled_product::launch_unchecked(
+                    &card.client,
+                    CubeCount::Static(across as u32, down as u32, 1),
+                    CubeDim::new_1d(kernels::TILE_THREADS),
+                    piece.codes.arg(),
+                    piece.scales.arg(),
+                    bias.unwrap_or(x).arg(),
+                    x.arg(),
+                    out.arg(),
+                    outputs,
+                    chunks,
+                    rows as u32,
+                    width,
+                    first,
+                    piece.form,
+                    ending,
+                );
             }
+        }
+    }
+}
+
+impl Piece {
+    /// Bytes on the card.
+    pub fn bytes(&self) -> u64 {
+        (self.codes.count + self.scales.count) as u64 * 4
+    }
+
+    /// The product with `columns` rows of `x`, which are one of [`COLUMNS`].
+    pub fn few(&self, card: &Card, x: &Buffer, columns: usize, target: Target<'_>, cut: Cut) {
+        let Target { out, width, first, bias, add } = target;
+        let cubes = self.outputs.div_ceil(cut.outputs as usize);
+        // SAFETY: the buffers are as long as the sizes say.
+        unsafe {
+            kernels::product::launch_unchecked(
+                &card.client,
+                grid(cubes),
+                CubeDim::new_1d(cut.threads),
+                self.codes.arg(),
+                self.scales.arg(),
+                bias.unwrap_or(x).arg(),
+                x.arg(),
+                out.arg(),
+                self.outputs as u32,
+                (self.inputs / super::forms::CHUNK) as u32,
+                width as u32,
+                first as u32,
+                self.form,
+                columns,
+                Ending { bias: bias.is_some(), add },
+                cut,
+            );
         }
     }
 }

@@ -83,7 +83,7 @@ fn blocks(format: Format, seed: u64, weights: usize) -> Vec<u8> {
 }
 
 /// A file with one matrix, the rows of its weights as numbers, and the part of it.
-fn matrix(format: Format, inputs: usize, outputs: usize) -> (Gguf, Vec<f32>, Part) {
+pub(super) fn matrix(format: Format, inputs: usize, outputs: usize) -> (Gguf, Vec<f32>, Part) {
     let bytes = blocks(format, inputs as u64, inputs * outputs);
     let mut values = vec![0.0; inputs * outputs];
     format.dequantize(&bytes, &mut values);
@@ -91,6 +91,12 @@ fn matrix(format: Format, inputs: usize, outputs: usize) -> (Gguf, Vec<f32>, Par
     let dimensions = vec![inputs as u64, outputs as u64];
     tiny.tensors.push(TinyTensor { name: "m.weight".into(), dimensions, format: format.number(), bytes });
     (Gguf::from_bytes(tiny.bytes()).unwrap(), values, Part::whole("m".into(), inputs, outputs))
+}
+
+/// The sum of some products, and of their sizes.
+pub(super) fn sum_and_size(weights: &[f32], x: &[f32]) -> (f64, f64) {
+    let products = || weights.iter().zip(x).map(|(a, b)| f64::from(*a) * f64::from(*b));
+    (products().sum(), products().map(f64::abs).sum())
 }
 
 /// Nothing is rounded on the way to a card and out of its words, subnormal scales included.
@@ -155,12 +161,8 @@ fn products_are_those_of_plain_arithmetic() {
             let second = card.read(&out).unwrap();
             for row in 0..rows {
                 for output in 0..outputs {
-                    let products = || {
-                        let weights = &weights[output * inputs..][..inputs];
-                        let x = &x[row * inputs..][..inputs];
-                        weights.iter().zip(x).map(|(a, b)| f64::from(*a) * f64::from(*b))
-                    };
-                    let (sum, size) = (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
+                    let (weights, x) = (&weights[output * inputs..][..inputs], &x[row * inputs..][..inputs]);
+                    let (sum, size) = sum_and_size(weights, x);
                     let at = row * outputs + output;
                     let bound = (inputs as f64 + 8.0) * 2f64.powi(-24) * (size + 2.0);
                     let once = f64::from(bias[output]) + sum;

@@ -188,12 +188,12 @@ impl Plan<'_> {
 }
 
 /// Removes a file that was not finished.
-struct Unfinished {
-    path: PathBuf,
+pub(crate) struct Unfinished {
+    pub path: PathBuf,
 }
 
 impl Unfinished {
-    fn new(path: PathBuf) -> Self {
+    pub fn new(path: PathBuf) -> Self {
         Self { path }
     }
 }
@@ -227,7 +227,7 @@ fn open_packed(path: &Path, head: &[u8; HEAD], bytes: usize) -> io::Result<Optio
 }
 
 /// A folder that only this user writes: what is mapped from it is believed.
-fn make_private_folder(folder: &Path) -> io::Result<()> {
+pub(crate) fn make_private_folder(folder: &Path) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     #[cfg(unix)]
     {

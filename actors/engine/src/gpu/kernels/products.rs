@@ -6,10 +6,12 @@ use cubecl::prelude::*;
 use super::unpack::unpack;
 use crate::gpu::forms::Form;
 
-/// Threads of a workgroup where rows are few.
-pub(crate) const THREADS: u32 = 64;
 /// More rows than this are many.
 pub(crate) const FEW: usize = 16;
+/// Sums of one workgroup of [`product`] at most: every thread keeps that many numbers.
+const MOST_SUMS: u32 = 32;
+/// Threads that add up one sum at most.
+const MOST_PARTS: u32 = 16;
 /// Outputs and rows of a tile, and inputs that it takes at once.
 pub(crate) const TILE: usize = 64;
 const DEEP: usize = 16;
@@ -18,9 +20,40 @@ const OWN: usize = 4;
 const SIDE: usize = TILE / OWN;
 pub(crate) const TILE_THREADS: u32 = (SIDE * SIDE) as u32;
 
-/// Outputs that a workgroup computes for so many columns (rows of activations).
-pub(crate) const fn outputs_at_once(columns: usize) -> usize {
-    if columns <= 8 { 4 } else { 2 }
+/// How a workgroup of [`product`] is cut. The order of sums depends on it, so it is a part of the numerics class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Cut {
+    pub threads: u32,
+    /// Outputs that it computes, each for every column.
+    pub outputs: u32,
+}
+
+impl Cut {
+    /// Where nothing was measured.
+    pub const fn usual(columns: usize) -> Self {
+        Self { threads: 64, outputs: if columns <= 8 { 4 } else { 2 } }
+    }
+
+    /// Those that a card with so much memory of a workgroup and so many threads of one can run for so many columns.
+    pub fn all(columns: usize, shared: usize, threads: u32) -> impl Iterator<Item = Self> {
+        let cuts =
+            [32, 64, 128, 256].into_iter().flat_map(|threads| [1, 2, 4, 8].map(|outputs| Self { threads, outputs }));
+        cuts.filter(move |cut| {
+            let sums = cut.outputs * columns as u32;
+            sums <= MOST_SUMS.min(cut.threads) && cut.shared_bytes(columns) <= shared && cut.threads <= threads
+        })
+    }
+
+    /// Bytes that a workgroup shares.
+    const fn shared_bytes(self, columns: usize) -> usize {
+        let sums = self.outputs as usize * columns;
+        4 * (sums * (self.threads as usize + 1) + sums * parts(self.threads as usize, sums))
+    }
+}
+
+/// Threads that add up one of so many sums.
+const fn parts(threads: usize, sums: usize) -> usize {
+    if threads / sums < MOST_PARTS as usize { threads / sums } else { MOST_PARTS as usize }
 }
 
 type Four = Vector<f32, Const<4>>;
@@ -61,10 +94,11 @@ pub(crate) fn product(
     #[comptime] form: Form,
     #[comptime] columns: usize,
     #[comptime] ending: Ending,
+    #[comptime] cut: Cut,
 ) {
-    let rows = comptime!(outputs_at_once(columns));
+    let rows = comptime!(cut.outputs as usize);
     let sums = comptime!(rows * columns);
-    let threads = comptime!(THREADS as usize);
+    let threads = comptime!(cut.threads as usize);
     let (chunks, outputs) = (chunks as usize, outputs as usize);
     let unit = UNIT_POS as usize;
     let from = CUBE_POS * rows;
@@ -103,21 +137,23 @@ pub(crate) fn product(
         chunk += threads;
     }
     // The threads' sums, first some of them for each of several threads, then those.
-    let parts = comptime!(threads / sums);
+    let parts = comptime!(parts(threads, sums));
     let each = comptime!(threads / parts);
     let mut all = Shared::<[f32]>::new_slice(comptime!(sums * (threads + 1)));
-    let mut some = Shared::<[f32]>::new_slice(threads);
+    let mut some = Shared::<[f32]>::new_slice(comptime!(sums * parts));
     #[unroll]
     for n in 0..sums {
         all[comptime!(n * (threads + 1)) + unit] = sum[n];
     }
     sync_cube();
-    let (n, part) = (unit / parts, unit % parts);
-    let mut value = 0.0f32;
-    for i in 0..each {
-        value += all[n * comptime!(threads + 1) + part * each + i];
+    if unit < comptime!(sums * parts) {
+        let (n, part) = (unit / parts, unit % parts);
+        let mut value = 0.0f32;
+        for i in 0..each {
+            value += all[n * comptime!(threads + 1) + part * each + i];
+        }
+        some[unit] = value;
     }
-    some[unit] = value;
     sync_cube();
     if unit < sums {
         let mut value = 0.0f32;
