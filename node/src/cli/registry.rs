@@ -19,13 +19,13 @@ pub struct AddModel {
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
     /// Which of that server's models [default: the only one]
-    #[arg(long, value_name = "NAME", requires = "endpoint")]
+    #[arg(long, value_name = "NAME", requires = "endpoint", conflicts_with = "source")]
     pub model: Option<String>,
     /// The environment variable of the node that has that server's key
-    #[arg(long, value_name = "VARIABLE", requires = "endpoint")]
+    #[arg(long, value_name = "VARIABLE", requires = "endpoint", conflicts_with = "source")]
     pub api_key_env: Option<String>,
     /// Register it also where that server does not answer now
-    #[arg(long, requires = "endpoint")]
+    #[arg(long, requires = "endpoint", conflicts_with = "source")]
     pub unchecked: bool,
     /// SHA-256 of the file; one with another is refused
     #[arg(long, value_name = "HEX")]
