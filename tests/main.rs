@@ -42,6 +42,7 @@ mod bad_registrations_leave_nothing_behind;
 mod bad_requests_are_told_what_is_wrong;
 mod characters_never_split_across_chunks;
 mod echo_is_never_the_default;
+mod embeddings_are_the_same_from_any_machine;
 mod every_full_member_can_let_others_in;
 mod explain_says_who_was_asked_and_why;
 mod impossible_starts_say_what_to_do;

@@ -96,6 +96,29 @@ try:
 except openai.BadRequestError as error:
     assert error.param == "grammar", error
 
+# Embeddings, where the node has a model for them: its name is the second argument.
+if len(sys.argv) > 2:
+    texts = ["hello world", "the house"]
+    # Without a format the library asks for base64 and unpacks it.
+    packed = client.embeddings.create(model=sys.argv[2], input=texts)
+    plain = client.embeddings.create(model=sys.argv[2], input=texts, encoding_format="float")
+    vectors = [row.embedding for row in packed.data]
+    assert [row.index for row in packed.data] == [0, 1] and packed.model == sys.argv[2]
+    for one, other in zip(vectors, (row.embedding for row in plain.data), strict=True):
+        assert all(abs(a - b) < 1e-6 for a, b in zip(one, other, strict=True))
+        assert abs(sum(x * x for x in one) - 1) < 1e-4
+    assert packed.usage.prompt_tokens == packed.usage.total_tokens == plain.usage.prompt_tokens > 4
+    alone = client.embeddings.create(model="default", input=texts[1], user="me")
+    assert alone.data[0].embedding == vectors[1]
+    ids = client.embeddings.create(model=sys.argv[2], input=[[2, 52, 53, 3], [5]])
+    assert ids.data[0].embedding == vectors[0]
+    for wrong, param in [({"input": "x", "dimensions": 2}, "dimensions"), ({"input": ["a", "b " * 9000]}, "input[1]")]:
+        try:
+            client.embeddings.create(model=sys.argv[2], **wrong)
+            raise AssertionError("what cannot be embedded is embedded")
+        except openai.BadRequestError as error:
+            assert error.param == param, error
+
 # Leave in the middle: the node notices (its test looks), and answers the next request.
 stream = client.chat.completions.create(model=model, messages=hello, max_tokens=1000, temperature=1, stream=True)
 next(iter(stream))

@@ -11,8 +11,11 @@ async fn the_openai_client_library_works() {
     let python = environment().await;
     let mut tower = Machine::new("tower").model("default");
     tower.up().await;
+    tower.ingle(&["models", "load", &tiny_bert()]).await.ok();
     let mut script = tokio::process::Command::new(python);
-    script.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/openai_client.py")).arg(tower.url("/v1"));
+    script
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/openai_client.py"))
+        .args([&tower.url("/v1"), TINY_BERT]);
     let ran = finish(script).await;
     println!("{}", ran.out);
     assert_eq!(ran.code, Some(0), "{}\n{}", ran.out, ran.err);

@@ -132,6 +132,12 @@ async fn serve(mut stream: TcpStream, seen: Arc<Seen>) {
         }
         let raw = String::from_utf8(body).unwrap();
         let body: Value = serde_json::from_str(&raw).expect("a request is JSON");
+        if head.starts_with("POST /v1/embeddings ") {
+            let (status, answer) = super::embeddings::far_embeddings(&body);
+            seen.requests.lock().unwrap().push(Received { head, raw, body });
+            whole(&mut stream, &seen, status, "content-type: application/json\r\n", &answer).await;
+            continue;
+        }
         let what = body["messages"].as_array().unwrap().last().unwrap()["content"].as_str().unwrap().to_owned();
         assert_eq!(body["stream"], true);
         seen.requests.lock().unwrap().push(Received { head, raw, body });

@@ -21,7 +21,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    async fn of(response: reqwest::Response) -> Self {
+    pub(super) async fn of(response: reqwest::Response) -> Self {
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         assert!(headers["x-request-id"].to_str().unwrap().starts_with("req_"), "{headers:?}");
         let text = tokio::time::timeout(4 * DEADLINE, response.text()).await.expect("an answer ends").unwrap();

@@ -4,6 +4,7 @@
 //! Processes are looked up in `/proc`, so these tests need Linux.
 
 mod copies;
+mod embeddings;
 mod far_server;
 mod http;
 mod machine;
@@ -15,6 +16,7 @@ mod status;
 use std::time::Duration;
 
 pub use copies::{DEFAULT_FILE, file_in, until_arrived, without_sources};
+pub use embeddings::{TINY_BERT, tiny_bert};
 pub use far_server::{FAR_MODEL, FarServer, far};
 pub use http::{Answer, Events, Streamed, client};
 pub use machine::Machine;

@@ -11,6 +11,11 @@ use crate::{DeviceChoice, EngineError, EngineSpec, ModelSource, StepEngine};
 /// Engines whose CPU kernels give the same bits; to be raised when their arithmetic changes.
 const CPU_NUMERICS: &str = "cpu-1";
 
+/// The numerics class of embeddings: always of the CPU, with keys and values in half precision.
+pub(crate) fn encoder_numerics() -> String {
+    format!("{CPU_NUMERICS}-f16")
+}
+
 /// What computes.
 #[derive(Debug)]
 pub(crate) enum Place {

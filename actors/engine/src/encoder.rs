@@ -8,13 +8,14 @@
 //! instruction set, for the reasons that [`crate::model`] gives. Encoders compute on the CPU only.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::dequantize::Format;
 use crate::gguf::Gguf;
 use crate::kernels::{AttentionJob, KV_BLOCK, Kernels, KvLayout, KvType, Norm, Row};
 use crate::spec::ModelOptions;
 use crate::text::{Codec, Tokenizer};
-use crate::{DeviceChoice, EngineError};
+use crate::{DeviceChoice, EngineError, MemoryNeed};
 
 mod shape;
 mod weights;
@@ -28,16 +29,44 @@ use weights::{Layer, LayerNorm, Weights};
 
 /// Tokens of several texts that are computed in one pass, unless the options say otherwise. A longer text has a pass
 /// of its own.
-const PASS: usize = 512;
+pub(crate) const PASS: usize = 512;
 /// Texts of one pass at most: each takes at least one block of keys and values.
-const MOST_TEXTS: usize = 64;
+pub(crate) const MOST_TEXTS: usize = 64;
+
+/// What tokens can be embedded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TokenLimits {
+    /// Tokens of a text at most.
+    pub context_length: usize,
+    /// Token ids are below this.
+    pub vocabulary: usize,
+}
+
+impl TokenLimits {
+    pub fn check(&self, tokens: &[u32]) -> Result<(), String> {
+        if tokens.is_empty() {
+            return Err("it has no tokens".into());
+        }
+        if tokens.len() > self.context_length {
+            return Err(format!(
+                "it has {} tokens and this model takes {} at most: shorten it, or embed it in parts",
+                tokens.len(),
+                self.context_length
+            ));
+        }
+        match tokens.iter().find(|token| **token as usize >= self.vocabulary) {
+            Some(token) => Err(format!("it has the token {token}, where the model knows {}", self.vocabulary)),
+            None => Ok(()),
+        }
+    }
+}
 
 /// A loaded embedding model.
 #[derive(Debug)]
 pub struct Encoder {
     gguf: Gguf,
     shape: Shape,
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
     weights: Weights,
     kernels: Kernels,
     /// Keys and values of one layer in one pass; each layer writes its own over those of the layer before.
@@ -68,10 +97,9 @@ impl Encoder {
         let own = shape.context_length;
         let context_length = options.context_length.map_or(own, |tokens| tokens as usize).clamp(1, own);
         let pass = options.chunk.map_or(PASS, |tokens| tokens as usize).max(1);
-        let blocks = pass.max(context_length).div_ceil(KV_BLOCK) + MOST_TEXTS;
-        crate::memory::refuse_too_large(&gguf, (blocks * layout(&shape).block_bytes()) as u64)?;
+        crate::memory::refuse_too_large(&gguf, working_set(&shape, context_length, pass))?;
         let weights = Weights::load(&gguf, &shape, options.packed_cache.as_ref())?;
-        let tokenizer = Tokenizer::from_gguf(&gguf)?;
+        let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
         if tokenizer.vocabulary() as usize > shape.vocabulary {
             let why = format!("it has {} tokens, the model only {}", tokenizer.vocabulary(), shape.vocabulary);
             return Err(EngineError::Tokenizer { path: gguf.path().into(), why });
@@ -118,8 +146,9 @@ impl Encoder {
 
     /// As [`Encoder::embed`], of tokens (with those in front and behind).
     pub fn embed_tokens(&mut self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let limits = self.limits();
         for (number, tokens) in texts.iter().enumerate() {
-            self.check(tokens).map_err(|why| EngineError::Text { number: number + 1, count: texts.len(), why })?;
+            limits.check(tokens).map_err(|why| EngineError::Text { number: number + 1, count: texts.len(), why })?;
         }
         let mut embeddings = Vec::with_capacity(texts.len());
         let mut rest = texts;
@@ -141,21 +170,32 @@ impl Encoder {
         Ok(embeddings)
     }
 
-    fn check(&self, tokens: &[u32]) -> Result<(), String> {
-        if tokens.is_empty() {
-            return Err("it has no tokens".into());
-        }
-        if tokens.len() > self.context_length {
-            return Err(format!(
-                "it has {} tokens and this model takes {} at most: shorten it, or embed it in parts",
-                tokens.len(),
-                self.context_length
-            ));
-        }
-        match tokens.iter().find(|token| **token as usize >= self.shape.vocabulary) {
-            Some(token) => Err(format!("it has the token {token}, where the model knows {}", self.shape.vocabulary)),
-            None => Ok(()),
-        }
+    /// What tokens can be embedded.
+    pub(crate) fn limits(&self) -> TokenLimits {
+        TokenLimits { context_length: self.context_length, vocabulary: self.shape.vocabulary }
+    }
+
+    /// Token ids are below this.
+    pub(crate) fn vocabulary(&self) -> usize {
+        self.shape.vocabulary
+    }
+
+    /// What cuts texts into tokens, for those who do so elsewhere.
+    pub(crate) fn tokenizer(&self) -> Arc<Tokenizer> {
+        Arc::clone(&self.tokenizer)
+    }
+
+    /// Computes on so many threads from now on.
+    pub(crate) fn set_threads(&mut self, threads: usize) {
+        self.kernels.set_threads(threads);
+    }
+
+    /// One pass of at most [`MOST_TEXTS`] texts that keep to [`Encoder::limits`]. Nobody has looked whether the numbers are
+    /// finite.
+    pub(crate) fn compute(&mut self, texts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let mut embeddings = Vec::with_capacity(texts.len());
+        self.pass(texts, &mut embeddings)?;
+        Ok(embeddings)
     }
 
     /// Some texts together, their tokens being the rows of all products.
@@ -208,6 +248,25 @@ impl Encoder {
         }
         Ok(x)
     }
+}
+
+/// Bytes of memory that a pass takes beside the weights.
+fn working_set(shape: &Shape, context_length: usize, pass: usize) -> u64 {
+    let rows = pass.max(context_length);
+    let blocks = (rows.div_ceil(KV_BLOCK) + MOST_TEXTS).saturating_mul(layout(shape).block_bytes());
+    // The tokens' vectors, queries, keys and values, what attention gives, and the inside of the feed-forward part.
+    let of_row = 5 * shape.embedding + shape.feed_forward;
+    blocks.saturating_add(rows.saturating_mul(of_row).saturating_mul(size_of::<f32>())) as u64
+}
+
+/// Reads the head of a model file and says what an engine needs for it with these options.
+pub(crate) fn memory_need(gguf: &Gguf, options: &ModelOptions) -> Result<MemoryNeed, EngineError> {
+    let shape = Shape::from_gguf(gguf)?;
+    let own = shape.context_length;
+    let context_length = options.context_length.map_or(own, |tokens| tokens as usize).min(own).max(1);
+    let work = working_set(&shape, context_length, options.chunk.map_or(PASS, |tokens| tokens as usize));
+    let other = crate::memory::OVERHEAD.saturating_add(work);
+    Ok(MemoryNeed { weights: gguf.file_bytes(), kv_least: 0, kv_most: 0, other })
 }
 
 /// Half precision always: keys and values live for one layer only, so their size is no matter.

@@ -1,5 +1,6 @@
 //! The face of the crate: an engine that loads a model on its own thread and answers requests.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Sender, SyncSender, TrySendError, channel, sync_channel};
@@ -11,10 +12,10 @@ use ingle_protocol::wire::v2::{LiveParameters, ModelState, RefusalKind, Refused,
 use tokio::sync::{mpsc, watch};
 
 use crate::sampler::TokenMask;
-use crate::scheduler::{self, LastWord, Place, Submission, Wake};
+use crate::scheduler::{self, LastWord, Place, Submission, Wake, embedding};
 use crate::snapshot::{Limits, Shared};
 use crate::spec::default_threads;
-use crate::{AdjustError, EngineSnapshot, EngineSpec};
+use crate::{AdjustError, EngineSnapshot, EngineSpec, ModelSource};
 
 /// A model that is being loaded, or answers, or has failed. Dropping it ends what it does within one step.
 #[derive(Debug)]
@@ -25,6 +26,14 @@ pub struct Engine {
     submissions: Option<SyncSender<Submission>>,
     wake: Sender<Wake>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// The file of a model that turns texts into numbers. What cannot be read is not one, and is reported by who loads it.
+fn embedding_model(spec: &EngineSpec) -> Option<PathBuf> {
+    match &spec.source {
+        ModelSource::Gguf(path) if crate::is_embedding_model(path) => Some(path.clone()),
+        ModelSource::Gguf(_) | ModelSource::Echo => None,
+    }
 }
 
 impl Engine {
@@ -44,7 +53,10 @@ impl Engine {
         let (for_thread, wake_of_thread) = (Arc::clone(&shared), wake.clone());
         let thread = std::thread::Builder::new()
             .name("engine".into())
-            .spawn(move || scheduler::run(spec, &for_thread, submitted, wake_of_thread, woken))
+            .spawn(move || match embedding_model(&spec) {
+                Some(path) => embedding::run(spec, &path, &for_thread, submitted, wake_of_thread, woken),
+                None => scheduler::run(spec, &for_thread, submitted, wake_of_thread, woken),
+            })
             .map_err(|why| {
                 let why = format!("the engine's thread does not start: {why}");
                 shared.update(|facts| facts.state = ModelState::Failed { why });

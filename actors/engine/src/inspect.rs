@@ -6,6 +6,7 @@ use std::path::Path;
 use crate::EngineError;
 use crate::dequantize::format_name;
 use crate::gguf::Gguf;
+use crate::model::architecture::embeds;
 
 /// What a model file says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,4 +50,9 @@ pub fn inspect(path: &Path) -> Result<ModelSummary, EngineError> {
         tensor_bytes: gguf.tensors().filter_map(|t| gguf.tensor_bytes(t).ok()).map(|bytes| bytes.len() as u64).sum(),
         file_bytes: gguf.file_bytes(),
     })
+}
+
+/// It is a GGUF file of a model that turns texts into numbers. Reads the file's head.
+pub fn is_embedding_model(path: &Path) -> bool {
+    Gguf::open(path).is_ok_and(|gguf| embeds(&gguf))
 }

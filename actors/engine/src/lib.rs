@@ -2,8 +2,8 @@
 //! tensors; it knows neither actors nor the network.
 //!
 //! From the top: [`Engine`] takes requests and sends frames; its scheduler thread drives a [`StepEngine`] one
-//! step at a time; [`model`] and [`echo`] are the two of them. An [`Encoder`] stands beside all that: it turns texts
-//! into embeddings. [`gguf`], [`text`] and [`dequantize`] read what is in a model file.
+//! step at a time; [`model`] and [`echo`] are the two of them. An [`Encoder`] stands beside them: it turns texts into
+//! embeddings, for an engine whose model is one. [`gguf`], [`text`] and [`dequantize`] read what is in a model file.
 //!
 //! ```text
 //! submit ─▶ intake thread          ─▶ scheduler thread ─▶ StepEngine (model on cpu | wgpu, or echo)
@@ -44,7 +44,7 @@ mod step_engine;
 pub use encoder::Encoder;
 pub use engine::Engine;
 pub use error::{AdjustError, EngineError};
-pub use inspect::{ModelSummary, inspect};
+pub use inspect::{ModelSummary, inspect, is_embedding_model};
 pub use kernels::{InstructionSet, KvType};
 pub use memory::available as available_memory;
 pub use model::{MemoryNeed, memory_need, memory_need_of_echo};

@@ -23,6 +23,7 @@ use crate::{Draw, EngineError, EngineSpec, StepEngine};
 mod batch;
 mod blocks;
 mod checks;
+pub(crate) mod embedding;
 mod heartbeat;
 mod intake;
 mod output;

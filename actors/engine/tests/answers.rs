@@ -48,6 +48,7 @@ fn request(content: &str, change: impl FnOnce(&mut Request)) -> Request {
         digest: digest(),
         messages: vec![Message { role: Role::User, content: content.into(), extra: vec![] }],
         sampling,
+        embed: None,
         resume: vec![],
         resume_text: vec![],
         extra: vec![],

@@ -40,6 +40,7 @@ fn request(content: &str, sampling: Sampling) -> Request {
         digest: ModelDigest::default(),
         messages: vec![Message { role: Role::User, content: content.into(), extra: vec![] }],
         sampling,
+        embed: None,
         resume: vec![],
         resume_text: vec![],
         extra: vec![],

@@ -34,6 +34,8 @@ pub(super) struct Wanted {
     pub beginnings: Vec<(u64, u32)>,
     /// Bytes that become a token, as last observed.
     pub bytes_per_token: f32,
+    /// Numbers are asked for, not an answer in words.
+    pub embeds: bool,
 }
 
 /// The name that a request means.
@@ -165,6 +167,15 @@ pub(super) fn choose<'a>(
                 continue;
             }
         };
+        // Two models of one name can be of different types.
+        if offer.facts.embeds() != wanted.embeds {
+            considered.push(left_out(if wanted.embeds { "it does not embed" } else { "it does not chat" }.into()));
+            continue;
+        }
+        if wanted.embeds && offer.is_too_old_to_embed() {
+            considered.push(left_out("its node is too old to be asked for embeddings".into()));
+            continue;
+        }
         if avoid.contains(&id) {
             considered.push(left_out("it was asked before".into()));
             continue;
@@ -238,6 +249,12 @@ pub(super) fn limits(offers: &[Offer], name: &str, options: &AdmissionOptions) -
         // A few more than there are slots, so that no slot is empty while the next request is on its way.
         in_flight = in_flight.saturating_add(slots + (slots / 4).max(1));
         tokens = tokens.saturating_add(u64::from(slots) * u64::from(offer.facts.context_length.max(4_096)));
+        if offer.facts.embeds() {
+            // All it does is read, and its requests share one pass after the other.
+            let read = offer.pulse.map_or(0.0, |pulse| pulse.prefill_rate);
+            rate += f64::from(read.max(UNMEASURED_RATE));
+            continue;
+        }
         let (full, alone) = offer.pulse.map_or((0.0, 0.0), |pulse| (pulse.full_decode_rate, pulse.decode_rate));
         let each = [full, alone, UNMEASURED_RATE].into_iter().find(|rate| *rate > 0.0).unwrap_or(UNMEASURED_RATE);
         rate += f64::from(each) * f64::from(slots);

@@ -17,6 +17,7 @@ use tokio::time::{sleep, sleep_until, timeout_at};
 use super::GatewayError;
 use super::admission::Permit;
 use super::choice::{self, Choice, Wanted};
+use super::embed::{Gathered, broken};
 use super::engines::{Engine, Place};
 use super::journal::{Attempt as AttemptRecord, Considered, Record};
 use super::router::Router;
@@ -36,7 +37,7 @@ pub(super) fn out_of_time() -> Failed {
     Failed { kind: FailureKind::DeadlineExceeded, message, retryable: false, migratable: false }
 }
 
-fn broken() -> Answer {
+fn broken_off() -> Answer {
     let message = "the worker gave up in the middle of the answer".to_owned();
     Answer::Failed(Failed { kind: FailureKind::ConnectionLost, message, retryable: true, migratable: true })
 }
@@ -73,7 +74,7 @@ impl Attempt {
             };
             tokio::select! {
                 biased;
-                answer = self.answers.recv() => return Event::Frame(answer.unwrap_or_else(broken)),
+                answer = self.answers.recv() => return Event::Frame(answer.unwrap_or_else(broken_off)),
                 changed = self.suspicion.changed() => {
                     if changed.is_ok() && let Some(why) = self.suspicion.borrow_and_update().clone() {
                         return Event::Suspected(why);
@@ -120,6 +121,8 @@ pub(super) struct Flight {
     migrations: u32,
     deaths: u32,
     numerics: Option<String>,
+    /// Embeddings of the attempt that runs.
+    pub gathered: Gathered,
     /// Features of the worker that answers.
     pub features: Vec<String>,
     pub accepted: Option<Accepted>,
@@ -140,6 +143,7 @@ impl Flight {
     ) -> Self {
         Self {
             router,
+            gathered: Gathered::of(&request),
             request,
             wanted,
             deadline,
@@ -205,6 +209,7 @@ impl Flight {
                         Ok(Step::Alive)
                     }
                     Answer::Progress(_) => Ok(Step::Alive),
+                    Answer::Token(_) if self.request.embed.is_some() => self.failed(broken("it is words".into())),
                     Answer::Token(token) if token.position < delivered && token.id != NO_TOKEN_ID => {
                         tracing::warn!(position = token.position, "a worker says a token again; it is left out");
                         Ok(Step::Alive)
@@ -225,7 +230,14 @@ impl Flight {
                         }
                         Ok(Step::Deliver(Answer::Token(token)))
                     }
+                    Answer::Embedding(embedding) => match self.gathered.take(embedding) {
+                        Ok(()) => Ok(Step::Alive),
+                        Err(failed) => self.failed(failed),
+                    },
                     Answer::Finished(finished) => {
+                        if let Err(failed) = self.gathered.check_whole() {
+                            return self.failed(failed);
+                        }
                         attempt.engine.succeeded(&self.wanted.beginnings);
                         self.note_end("finished");
                         self.attempt = None;
@@ -366,6 +378,7 @@ impl Flight {
         let Choice { offer, id, engine, cached_tokens, considered } = chosen;
         self.request.remaining_ms =
             self.deadline.saturating_duration_since(Instant::now()).as_millis().try_into().unwrap_or(u64::MAX);
+        self.gathered.begin_anew();
         let numerics = &offer.facts.numerics;
         self.features.clone_from(&offer.facts.features);
         if let Some(before) = self.numerics.replace(numerics.clone())

@@ -3,16 +3,19 @@
 mod admission;
 mod choice;
 mod delivery;
+mod embed;
 mod engines;
 mod flight;
 mod journal;
 mod offers;
+mod purpose;
 mod router;
 mod warming;
 
 use std::time::Duration;
 
 use ingle_protocol::RequestId;
+use ingle_protocol::registry::ModelType;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v2::{
     Accepted, Failed, FailureKind, Message, ModelState, Priority, Refused, Sampling, TraceContext,
@@ -21,6 +24,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 pub use admission::AdmissionOptions;
+pub use embed::{EmbedRequest, Embedded};
 pub use journal::{Attempt, Considered, Record, RequestRecord};
 pub use router::Gateway;
 
@@ -84,6 +88,12 @@ pub enum GatewayError {
         near: Vec<String>,
         /// Some of the names that there are.
         known: Vec<String>,
+    },
+    /// The model is for something else.
+    #[error("{why}")]
+    WrongModel {
+        /// What it is, and what to ask instead.
+        why: String,
     },
     /// The model is known, but nobody can answer now.
     #[error("{why}")]
@@ -149,6 +159,10 @@ pub fn unknown_model(model: &str, near: &[String], known: &[String]) -> String {
 pub struct OfferedModel {
     /// Its name.
     pub name: String,
+    /// What it does; `None` until a node has looked.
+    pub kind: Option<ModelType>,
+    /// Request fields beyond the common ones that it honours.
+    pub features: Vec<String>,
     /// The best state among the nodes that have it.
     pub state: ModelState,
     /// Names of the nodes that answer for it now.

@@ -2,6 +2,7 @@
 
 use ingle_protocol::NodeId;
 use ingle_protocol::liveness::Health;
+use ingle_protocol::wire::Version;
 use ingle_protocol::wire::v2::{EnginePulse, ModelFacts, ModelState};
 
 use crate::cluster::PeerLink;
@@ -27,6 +28,11 @@ impl Offer {
             && (self.local || (self.health == Health::Alive && self.link.is_some()))
     }
 
+    /// Its node speaks a protocol that has no requests for embeddings.
+    pub fn is_too_old_to_embed(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.version < Version::V2)
+    }
+
     pub fn in_words(&self) -> String {
         match &self.health {
             Health::Alive => format!("on {} it is {}", self.node_name, self.facts.state.words()),
@@ -48,15 +54,16 @@ pub(super) fn default_name(offers: &[Offer], chosen: &DefaultRoute) -> Option<St
 }
 
 /// Where nothing was chosen: this node's own model, else the first default of the others, ready ones first.
-/// An endpoint's model that nobody made a default is one all the same where the cluster has no other model.
+/// An endpoint's model that nobody made a default is one all the same where the cluster has no other model. Embedding
+/// models do not count: who names no model wants to talk to one.
 fn default_of_the_nodes(offers: &[Offer]) -> Option<String> {
-    let default = offers
-        .iter()
+    let chats = || offers.iter().filter(|offer| !offer.facts.embeds());
+    let default = chats()
         .filter(|offer| offer.facts.is_default)
         .min_by_key(|offer| (!offer.can_answer(), !offer.local, offer.node));
     let only = || {
-        let first = offers.first()?;
-        let alone = offers.iter().all(|other| other.facts.is_endpoint() && other.facts.name == first.facts.name);
+        let first = chats().next()?;
+        let alone = chats().all(|other| other.facts.is_endpoint() && other.facts.name == first.facts.name);
         alone.then_some(first)
     };
     default.or_else(only).map(|offer| offer.facts.name.clone())

@@ -26,6 +26,7 @@ use super::engines::Engines;
 use super::flight::{Flight, Step};
 use super::journal::{Journal, RequestRecord};
 use super::offers::{Offer, default_name};
+use super::purpose::kind_of;
 use super::warming::{Warming, is_cold};
 use super::{ChatRequest, GatewayError, OfferedModel, Reply};
 use crate::cluster::Mesh;
@@ -49,7 +50,7 @@ pub(super) struct Router {
     started: Instant,
     mesh: Arc<ArcSwapOption<Mesh>>,
     pub workers: Arc<Workers>,
-    registry: Arc<ModelRegistry>,
+    pub registry: Arc<ModelRegistry>,
     pub engines: Engines,
     admission: Arc<Admission>,
     pub warming: Warming,
@@ -66,7 +67,7 @@ pub(super) struct Router {
 
 /// The door of a node for requests.
 #[derive(Debug, Clone)]
-pub struct Gateway(Arc<Router>);
+pub struct Gateway(pub(super) Arc<Router>);
 
 /// Counts an answer that is being passed on.
 pub(super) struct Open(Arc<AtomicU32>);
@@ -172,6 +173,13 @@ impl Router {
             let usual = self.usual.lock().unwrap_or_else(PoisonError::into_inner);
             usual.get(&request.model).copied().unwrap_or_default()
         };
+        if let Some(embed) = &request.embed {
+            let (bytes, tokens) = embed.lengths();
+            let prompt_tokens = ((bytes as f32 / usual.bytes_per_token).ceil() as u32).saturating_add(tokens as u32);
+            let demand = Demand { prompt_tokens, output_tokens: 0 };
+            let bytes_per_token = usual.bytes_per_token;
+            return Some(Wanted { digest, demand, beginnings: Vec::new(), bytes_per_token, embeds: true });
+        }
         let beginnings = beginnings(&digest, &request.messages);
         let bytes = beginnings.last().map_or(0, |(_, bytes)| *bytes);
         let expected = usual.answer_tokens.ceil() as u32;
@@ -179,7 +187,8 @@ impl Router {
             prompt_tokens: (bytes as f32 / usual.bytes_per_token).ceil() as u32,
             output_tokens: request.sampling.max_tokens.unwrap_or(u32::MAX).min(expected).max(1),
         };
-        Some(Wanted { digest, demand, beginnings, bytes_per_token: usual.bytes_per_token })
+        let bytes_per_token = usual.bytes_per_token;
+        Some(Wanted { digest, demand, beginnings, bytes_per_token, embeds: false })
     }
 
     async fn admit(
@@ -305,11 +314,14 @@ impl Gateway {
                     if answers {
                         model.state = ModelState::Ready;
                         model.nodes.push(offer.node_name.clone());
+                        model.features.clone_from(&offer.facts.features);
                     }
                     model.context_length = model.context_length.max(offer.facts.context_length);
                 }
                 None => models.push(OfferedModel {
                     name: offer.facts.name.clone(),
+                    kind: kind_of(&offers, &self.0.registry, &offer.facts.name),
+                    features: offer.facts.features.clone(),
                     // What a node that is not alive last said of itself is no offer.
                     state: match &offer.health {
                         Health::Alive => offer.facts.state.clone(),
@@ -337,7 +349,7 @@ impl Gateway {
     pub async fn chat(&self, chat: ChatRequest) -> Result<Reply, GatewayError> {
         let began = Instant::now();
         let deadline = began + chat.deadline;
-        let mut request = Request {
+        let request = Request {
             request_id: chat.request_id,
             attempt: 0,
             trace: chat.trace,
@@ -348,29 +360,44 @@ impl Gateway {
             digest: Default::default(),
             messages: chat.messages,
             sampling: chat.sampling,
+            embed: None,
             resume: Vec::new(),
             resume_text: Vec::new(),
             extra: chat.extra,
         };
         let span = request_span("route", &request);
-        async {
-            request.model = choice::resolve(&self.0.offers(), &self.0.registry, &request.model)?;
-            let offers = self.0.warm_up(&request, deadline).await?;
-            self.0.retries.lock().unwrap_or_else(PoisonError::into_inner).request(self.0.now());
-            let nobody = || choice::nobody(&offers, &self.0.engines, &request.model, self.0.now());
-            let wanted = self.0.wanted(&request, &offers).ok_or_else(nobody)?;
-            let can_come = choice::is_hope(&offers, wanted.digest, &[], Duration::ZERO);
-            if !can_come {
-                return Err(nobody());
-            }
-            request.digest = wanted.digest;
-            let permit = self.0.admit(&request, &wanted, &offers, deadline).await?;
-            let record = self.0.journal.open(record_of(&request, &wanted, began));
-            let flight = Flight::new(self.0.clone(), request, wanted, (began, deadline), record, permit);
-            self.begin(flight).await
+        async { self.begin(self.depart(request, (began, deadline)).await?).await }.instrument(span).await
+    }
+
+    /// Finds out which model is meant, has it loaded where it is not, and waits for its turn.
+    pub(super) async fn depart(
+        &self,
+        mut request: Request,
+        (began, deadline): (Instant, Instant),
+    ) -> Result<Flight, GatewayError> {
+        let embeds = request.embed.is_some();
+        let offers = self.0.offers();
+        request.model = self.0.resolve(&offers, &request.model, embeds)?;
+        self.0.check_purpose(&offers, &request.model, embeds)?;
+        let offers = self.0.warm_up(&request, deadline).await?;
+        // What it is may be known only now that it is loaded.
+        self.0.check_purpose(&offers, &request.model, embeds)?;
+        self.0.retries.lock().unwrap_or_else(PoisonError::into_inner).request(self.0.now());
+        let nobody = || choice::nobody(&offers, &self.0.engines, &request.model, self.0.now());
+        let wanted = self.0.wanted(&request, &offers).ok_or_else(nobody)?;
+        let can_come = choice::is_hope(&offers, wanted.digest, &[], Duration::ZERO);
+        if !can_come {
+            return Err(nobody());
         }
-        .instrument(span)
-        .await
+        request.digest = wanted.digest;
+        let permit = self.0.admit(&request, &wanted, &offers, deadline).await?;
+        let record = self.0.journal.open(record_of(&request, &wanted, began));
+        Ok(Flight::new(self.0.clone(), request, wanted, (began, deadline), record, permit))
+    }
+
+    /// Counts an answer that is being passed on, until the value is dropped.
+    pub(super) fn open(&self) -> Open {
+        self.0.open()
     }
 
     /// Flies until there is a first sign of an answer.

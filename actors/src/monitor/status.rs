@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use ingle_protocol::liveness::Health;
+use ingle_protocol::registry::ModelType;
 use ingle_protocol::wire::v2::{EnginePulse, ModelFacts};
 use ingle_protocol::{EngineId, NodeId};
 use serde::{Deserialize, Serialize};
@@ -56,6 +57,9 @@ pub struct NodeStatus {
 pub struct ModelStatus {
     /// Its name.
     pub name: String,
+    /// `llm`, `embedding`; `None` until its node has looked.
+    #[serde(rename = "type")]
+    pub kind: Option<ModelType>,
     /// Its state in a word or a few: `ready`, `fetching 12 %`, `failed (why)`.
     pub state: String,
     /// Its engine, while one runs.
@@ -80,6 +84,8 @@ pub struct ModelStatus {
     pub tokens_per_second: f32,
     /// Steps of its engine so far.
     pub steps: u64,
+    /// Request fields beyond the common ones that it honours.
+    pub features: Vec<String>,
 }
 
 /// Percentiles in milliseconds over the life of the process.
@@ -157,6 +163,7 @@ fn model_status(facts: &ModelFacts, pulses: &BTreeMap<EngineId, EnginePulse>) ->
     let pulse = facts.engine.and_then(|engine| pulses.get(&engine));
     ModelStatus {
         name: facts.name.clone(),
+        kind: facts.kind(),
         state: facts.state.words(),
         engine: facts.engine,
         trouble: None,
@@ -169,5 +176,6 @@ fn model_status(facts: &ModelFacts, pulses: &BTreeMap<EngineId, EnginePulse>) ->
         waiting: pulse.map_or(0, |pulse| pulse.load.waiting),
         tokens_per_second: pulse.map_or(0.0, |pulse| pulse.tokens_per_second),
         steps: pulse.map_or(0, |pulse| pulse.step),
+        features: facts.features.clone(),
     }
 }

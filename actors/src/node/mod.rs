@@ -33,7 +33,7 @@ pub use setting::{set_offline, show_offline};
 pub use verifying::{Probe, Verification};
 
 use crate::cluster::{self, FileShare, Mesh, MeshOptions, PeerFiles};
-use crate::gateway::{ChatRequest, Gateway, GatewayError, OfferedModel, Reply, RequestRecord};
+use crate::gateway::{ChatRequest, EmbedRequest, Embedded, Gateway, GatewayError, OfferedModel, Reply, RequestRecord};
 use crate::identity::Identity;
 use crate::models::{ClientError, Holders};
 use crate::monitor::ClusterStatus;
@@ -164,6 +164,15 @@ impl Node {
             return Err(GatewayError::NoWorker { why, retry_after: Duration::from_secs(1) });
         }
         self.gateway.chat(request).await
+    }
+
+    /// Finds a worker and returns when all embeddings are there. Dropping this cancels the request.
+    pub async fn embed(&self, request: EmbedRequest) -> Result<Embedded, GatewayError> {
+        if !self.is_accepting() {
+            let why = "This node is shutting down; ask another one.".into();
+            return Err(GatewayError::NoWorker { why, retry_after: Duration::from_secs(1) });
+        }
+        self.gateway.embed(request).await
     }
 
     /// Nobody can answer for the model now, but somebody will: whoever asks for it waits.

@@ -120,15 +120,14 @@ impl Node {
                 (Origin::Source(read.to_string()), pins)
             }
             (None, Some(endpoint)) => {
-                if kind != ModelType::Llm {
-                    return Err("an endpoint answers chats: its type is llm".into());
-                }
                 if sha256.is_some() {
                     return Err("an endpoint's model has no file here whose hash could be checked".into());
                 }
                 let pins = if pins.is_empty() { vec![self.options.name.clone()] } else { pins };
                 let slots = slots_in(&parameters);
-                (Origin::Endpoint(self.check_endpoint(&name, endpoint, slots, here(&pins), unchecked).await?), pins)
+                let embeds = kind == ModelType::Embedding;
+                let asked = !unchecked && here(&pins);
+                (Origin::Endpoint(self.check_endpoint(&name, endpoint, slots, embeds, asked).await?), pins)
             }
             _ => return Err("a model has either a source or an endpoint".into()),
         };
@@ -136,14 +135,14 @@ impl Node {
         Ok(NewModel { name, kind, origin, sha256, keep_alive, parameters, pins })
     }
 
-    /// The endpoint with its model's name there. What runs here is asked whether it is there at all.
+    /// The endpoint with its model's name there. One that is `asked` must be there.
     async fn check_endpoint(
         &self,
         name: &str,
         endpoint: Endpoint,
         slots: Option<u32>,
-        runs_here: bool,
-        unchecked: bool,
+        embeds: bool,
+        asked: bool,
     ) -> Result<Endpoint, String> {
         let taken = self.gateway.models().into_iter().find(|model| model.name == name);
         if let Some(OfferedModel { nodes, .. }) = taken {
@@ -153,10 +152,10 @@ impl Node {
         let address: EndpointUrl =
             endpoint.url.parse().map_err(|error| format!("the endpoint's address cannot be used: {error}"))?;
         let endpoint = Endpoint { url: address.to_string(), ..endpoint };
-        if !runs_here || unchecked {
+        if !asked {
             return Ok(endpoint);
         }
-        let options = options_of(name, &endpoint, slots)?;
+        let options = options_of(name, &endpoint, slots, embeds)?;
         let found = ask_once(&options).await.map_err(|why| {
             format!("nothing is registered, because the endpoint {address} cannot answer now: {why} (with --unchecked it is registered all the same)")
         })?;

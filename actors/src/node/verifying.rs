@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v2::{Message, ModelState, Priority, Request, Role, Sampling, TraceContext};
+use ingle_protocol::wire::v2::{
+    Embed, EmbedInput, Message, ModelState, Priority, Request, Role, Sampling, TraceContext,
+};
 use ingle_protocol::{NodeId, RequestId};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -60,6 +62,7 @@ impl Node {
         let facts = self.workers.facts(NodeId::default()).into_iter().find(|facts| facts.name == model.name())?;
         let failed = match (&facts.state, facts.digest) {
             (ModelState::Ready, Some(digest)) => {
+                let hello = Embed { inputs: vec![EmbedInput::Text("Hello".into())], dimensions: None };
                 let message = Message { role: Role::User, content: "Hello".into(), extra: vec![] };
                 let request = Request {
                     request_id: RequestId(rand::random()),
@@ -72,6 +75,7 @@ impl Node {
                     digest,
                     messages: vec![message],
                     sampling: Sampling { temperature: 0.0, max_tokens: Some(1), ..Sampling::default() },
+                    embed: facts.embeds().then_some(hello),
                     resume: vec![],
                     resume_text: vec![],
                     extra: vec![],
@@ -80,7 +84,7 @@ impl Node {
                     let mut answers = self.workers.submit(request).await;
                     while let Some(answer) = answers.recv().await {
                         match answer {
-                            Answer::Token(_) => return None,
+                            Answer::Token(_) | Answer::Embedding(_) => return None,
                             Answer::Refused(refused) => return Some(refused.message),
                             Answer::Failed(failed) => return Some(failed.message),
                             // An answer may be over with its first token.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use ingle_protocol::registry::{Endpoint, Record, Value};
+use ingle_protocol::registry::{Endpoint, ModelType, Record, Value};
 use ingle_protocol::wire::v2::ModelState;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -32,6 +32,7 @@ const FIRST_INDEX: u16 = 0x8000;
 struct Wanted {
     endpoint: Endpoint,
     slots: Option<u32>,
+    embeds: bool,
 }
 
 impl Wanted {
@@ -40,7 +41,8 @@ impl Wanted {
             Some(Value::Number(slots)) => u32::try_from(*slots).ok(),
             _ => None,
         };
-        Some(Self { endpoint: record.endpoint()?.clone(), slots })
+        let embeds = record.kind() == ModelType::Embedding;
+        Some(Self { endpoint: record.endpoint()?.clone(), slots, embeds })
     }
 }
 
@@ -59,7 +61,12 @@ fn key_of(variable: &str) -> Result<Secret, String> {
 }
 
 /// A registered endpoint as a worker takes it.
-pub(crate) fn options_of(name: &str, endpoint: &Endpoint, slots: Option<u32>) -> Result<EndpointOptions, String> {
+pub(crate) fn options_of(
+    name: &str,
+    endpoint: &Endpoint,
+    slots: Option<u32>,
+    embeds: bool,
+) -> Result<EndpointOptions, String> {
     Ok(EndpointOptions {
         url: endpoint.url.parse().map_err(|error| format!("its address cannot be used: {error}"))?,
         model: endpoint.model.clone(),
@@ -67,6 +74,7 @@ pub(crate) fn options_of(name: &str, endpoint: &Endpoint, slots: Option<u32>) ->
         key: endpoint.api_key_env.as_deref().map(key_of).transpose()?,
         slots,
         is_default: false,
+        embeds,
         first_token_timeout: EndpointOptions::FIRST_TOKEN_TIMEOUT,
         silence_timeout: EndpointOptions::SILENCE_TIMEOUT,
     })
@@ -168,7 +176,7 @@ impl EndpointKeeper {
         tasks: &mut JoinSet<Ended>,
     ) -> Running {
         let cancel = cancel.child_token();
-        let made = options_of(name, &wanted.endpoint, wanted.slots).and_then(|options| {
+        let made = options_of(name, &wanted.endpoint, wanted.slots, wanted.embeds).and_then(|options| {
             EndpointWorker::new(options, index, self.workers.clone()).map_err(|error| error.to_string())
         });
         let (worker, endpoint): (Arc<dyn Worker>, _) = match made {
@@ -186,7 +194,7 @@ impl EndpointKeeper {
             Err(why) => {
                 tracing::error!(model = name, why, "a registered endpoint does not run");
                 let backend = format!("endpoint ({})", wanted.endpoint.url);
-                (Arc::new(Standin { name: name.to_owned(), backend, why }), None)
+                (Arc::new(Standin { name: name.to_owned(), backend, why, embeds: wanted.embeds }), None)
             }
         };
         self.workers.add(worker.clone());

@@ -25,7 +25,7 @@ pub struct RegistryStatus {
 pub struct ShownModel {
     /// Its name.
     pub name: String,
-    /// `llm`, `embedding`, …; `None` where it is not registered.
+    /// `llm`, `embedding`, …; `None` where it is neither registered nor known to a node.
     #[serde(rename = "type")]
     pub kind: Option<ModelType>,
     /// It is in the registry. What is not was given to a node when it was started, and is known there alone.
@@ -158,10 +158,12 @@ fn registered(record: &Record, status: &ClusterStatus, default: Option<&str>) ->
 fn of_a_node(name: &str, status: &ClusterStatus, default: Option<&str>) -> ShownModel {
     let models = status.nodes.iter().flat_map(|node| &node.models);
     let digest = models.into_iter().find(|model| model.name == name).and_then(|model| model.digest.clone());
+    let kind = status.nodes.iter().flat_map(|node| &node.models);
+    let kind = kind.filter(|model| model.name == name).find_map(|model| model.kind);
     let is_endpoint = on_nodes(name, status).iter().any(|on| on.backend.starts_with("endpoint "));
     ShownModel {
         name: name.to_owned(),
-        kind: None,
+        kind,
         registered: false,
         is_default: default == Some(name),
         source: None,

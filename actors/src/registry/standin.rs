@@ -7,6 +7,7 @@ use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v2::{ENDPOINT_NUMERICS, EnginePulse, ModelFacts, ModelState, RefusalKind, Request};
 use tokio::sync::mpsc;
 
+use crate::worker::endpoint::features;
 use crate::worker::{Worker, refused};
 
 /// See the module.
@@ -15,6 +16,7 @@ pub(super) struct Standin {
     pub name: String,
     pub backend: String,
     pub why: String,
+    pub embeds: bool,
 }
 
 impl Worker for Standin {
@@ -28,7 +30,7 @@ impl Worker for Standin {
             numerics: ENDPOINT_NUMERICS.into(),
             context_length: 0,
             slots: 0,
-            features: Vec::new(),
+            features: features(self.embeds),
             is_default: false,
         }
     }

@@ -180,6 +180,9 @@ impl ModelWorker {
             let (state_change, slow_change) = {
                 let mut status = self.status();
                 (status.route, status.room) = (Some(route.clone()), Some(room));
+                if !report.numerics.is_empty() {
+                    status.features.clone_from(&report.features);
+                }
                 let known = status.report.replace(report.clone());
                 status.reported_at = Some(Instant::now());
                 let state_change = known.as_ref().is_none_or(|known| known.state != state);

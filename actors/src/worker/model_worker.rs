@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
+use ingle_engine::is_embedding_model;
 use ingle_protocol::ModelDigest;
-use ingle_protocol::wire::v2::{EngineReport, ModelState};
+use ingle_protocol::wire::v2::{EMBEDDINGS, EngineReport, ModelState};
 use sha2::{Digest, Sha256};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -85,6 +86,8 @@ pub(super) struct Status {
     pub generation: u32,
     pub route: Option<Arc<Route>>,
     pub report: Option<EngineReport>,
+    /// What the last engine said that it honours, or the file's head: it holds while the model is not loaded, too.
+    pub features: Vec<String>,
     pub reported_at: Option<Instant>,
     pub parameters: Layers,
     /// All of them together.
@@ -145,6 +148,16 @@ fn digest_of_echo(name: &str) -> ModelDigest {
     }
 }
 
+/// What a model honours that was not loaded yet, as far as its file says so.
+fn features_of(options: &WorkerOptions) -> Vec<String> {
+    let path = match &options.choice {
+        ModelChoice::File(path) => path.clone(),
+        ModelChoice::Source(model) => options.cache.join(format!("{}.gguf", model.digest)),
+        ModelChoice::Default | ModelChoice::Echo => return Vec::new(),
+    };
+    if is_embedding_model(&path) { vec![EMBEDDINGS.into()] } else { Vec::new() }
+}
+
 /// What goes wrong for good, and what may go better next time.
 pub(super) enum Trouble {
     Final(String),
@@ -165,6 +178,7 @@ impl ModelWorker {
             generation: 0,
             route: None,
             report: None,
+            features: features_of(&options),
             reported_at: None,
             values: options.parameters.resolve()?,
             parameters: options.parameters.clone(),

@@ -88,6 +88,7 @@ mod tests {
     fn the_table_says_what_is_loaded_and_what_it_takes() {
         let model = SeenModel {
             name: "tiny".into(),
+            kind: None,
             state: "ready".into(),
             source: "/m/tiny.gguf".into(),
             digest: None,

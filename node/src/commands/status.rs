@@ -162,6 +162,7 @@ mod tests {
     fn the_table_says_who_is_there_and_why_somebody_is_not() {
         let model = ModelStatus {
             name: "smollm2".into(),
+            kind: None,
             state: "ready".into(),
             engine: None,
             trouble: None,
@@ -174,6 +175,7 @@ mod tests {
             waiting: 0,
             tokens_per_second: 31.53,
             steps: 7,
+            features: vec![],
         };
         let latency = LatencySummary {
             node: "tower".into(),

@@ -10,6 +10,7 @@ use ingle_actors::Node;
 use ingle_actors::node::{DeviceKind, ModelChoice, NodeOptions};
 use ingle_actors::platform::{EndSignals, graphics_cards, raise_open_files_limit};
 use ingle_actors::protocol::liveness::Health;
+use ingle_actors::protocol::registry::ModelType;
 use ingle_actors::protocol::wire::v2::ModelState;
 use ingle_actors::worker::EndpointWorker;
 use tokio::sync::Semaphore;
@@ -192,7 +193,7 @@ async fn tell_of_endpoint(node: &Node, endpoint: &EndpointWorker, ready: Option<
         match (&state, ready) {
             (ModelState::Ready, Some((http, state_dir_flag))) if !was_ready => {
                 let is_default = is_default(node, &name);
-                say(&ready_lines(http, Some(OwnModel { name, backend, is_default }), state_dir_flag));
+                say(&ready_lines(http, Some(OwnModel { name, backend, is_default, embeds: false }), state_dir_flag));
             }
             (ModelState::Ready, _) => say(&format!("Also ready: {name} on {backend}")),
             (ModelState::Failed { why }, _) => complain(&format!("{name} on {backend} does not answer: {why}")),
@@ -260,12 +261,15 @@ struct OwnModel {
     backend: String,
     /// Requests that name no model get this one.
     is_default: bool,
+    /// It turns texts into numbers, and does not chat.
+    embeds: bool,
 }
 
 fn own_model(node: &Node) -> Option<OwnModel> {
     let (name, backend) = node.own_model()?;
     let is_default = is_default(node, &name);
-    Some(OwnModel { name, backend, is_default })
+    let embeds = node.models().iter().any(|model| model.name == name && model.kind == Some(ModelType::Embedding));
+    Some(OwnModel { name, backend, is_default, embeds })
 }
 
 fn is_default(node: &Node, name: &str) -> bool {
@@ -279,17 +283,21 @@ fn ready_lines(http: SocketAddr, model: Option<OwnModel>, state_dir_flag: &str) 
         Some(model) if !model.is_default => format!("\"model\":{},", serde_json::Value::from(model.name.as_str())),
         _ => String::new(),
     };
+    let (route, asks) = match &model {
+        Some(model) if model.embeds => ("embeddings", r#""input":"hello""#),
+        _ => ("chat/completions", r#""messages":[{"role":"user","content":"hello"}]"#),
+    };
     let with = match model {
         Some(OwnModel { name, backend, .. }) if backend.is_empty() => format!("with {name}"),
         Some(OwnModel { name, backend, .. }) => format!("with {name} on {backend}"),
         None => "without a model of its own: it asks the other nodes".into(),
     };
-    let url = format!("http://{http}/v1/chat/completions");
+    let url = format!("http://{http}/v1/{route}");
     // Shells take brackets for patterns.
     let url = if url.contains('[') { format!("'{url}'") } else { url };
     format!(
         "Ready: http://{http}/v1 {with}\n\n  curl {url} -H 'Content-Type: application/json' -d \
-         '{{{named}\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'\n\nTo add a machine, type `ingle \
+         '{{{named}{asks}}}'\n\nTo add a machine, type `ingle \
          token{state_dir_flag}` here in another terminal and follow what it says. Ctrl-C ends the node."
     )
 }
@@ -320,14 +328,22 @@ mod tests {
 
     #[test]
     fn the_ready_lines_have_one_command_to_copy() {
-        let model = Some(OwnModel { name: "smollm2".into(), backend: "cpu".into(), is_default: true });
+        let model = Some(OwnModel { name: "smollm2".into(), backend: "cpu".into(), is_default: true, embeds: false });
         let lines = ready_lines("127.0.0.1:5".parse().unwrap(), model, " --state-dir /s");
         assert!(lines.starts_with("Ready: http://127.0.0.1:5/v1 with smollm2 on cpu\n"));
         let curl = lines.lines().find(|line| line.trim_start().starts_with("curl ")).unwrap();
         let body = curl.split_once("-d '").unwrap().1.strip_suffix('\'').unwrap();
         assert_eq!(serde_json::from_str::<serde_json::Value>(body).unwrap()["messages"][0]["content"], "hello");
         assert!(lines.contains("`ingle token --state-dir /s`"));
-        let echo = Some(OwnModel { name: "echo".into(), backend: String::new(), is_default: false });
+        let own = |name: &str, embeds| {
+            Some(OwnModel { name: name.into(), backend: String::new(), is_default: false, embeds })
+        };
+        let lines = ready_lines("127.0.0.1:5".parse().unwrap(), own("bert", true), "");
+        assert!(
+            lines.contains(r#"5/v1/embeddings -H"#) && lines.contains(r#"'{"model":"bert","input":"hello"}'"#),
+            "{lines}"
+        );
+        let echo = own("echo", false);
         let lines = ready_lines("127.0.0.1:5".parse().unwrap(), echo, "");
         assert!(lines.contains(r#"-d '{"model":"echo","messages":["#), "{lines}");
         assert!(ready_lines("[::1]:5".parse().unwrap(), None, "").contains("curl 'http://[::1]:5/"));

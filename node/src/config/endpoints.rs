@@ -83,7 +83,17 @@ fn one(part: EndpointPart, get: impl Fn(&str) -> Option<OsString>) -> Result<End
         },
     };
     let url = url.parse().map_err(|error| format!("its address cannot be used: {error}"))?;
-    Ok(EndpointOptions { url, model, name, key, slots, is_default: default, first_token_timeout, silence_timeout })
+    Ok(EndpointOptions {
+        url,
+        model,
+        name,
+        key,
+        slots,
+        is_default: default,
+        embeds: false,
+        first_token_timeout,
+        silence_timeout,
+    })
 }
 
 #[cfg(test)]

@@ -3,9 +3,11 @@
 use std::time::{Duration, Instant};
 
 use ingle_actors::Node;
-use ingle_actors::gateway::ChatRequest;
+use ingle_actors::gateway::{ChatRequest, EmbedRequest, OfferedModel};
 use ingle_actors::monitor::ModelStatus;
+use ingle_actors::protocol::registry::ModelType;
 use ingle_actors::protocol::wire::Answer;
+use ingle_actors::protocol::wire::v2::{Embed, EmbedInput};
 use ingle_actors::worker::manager::{LoadRequest, SeenModel};
 use tokio::io::AsyncWrite;
 
@@ -78,6 +80,7 @@ pub fn loaded(node: &Node) -> Vec<LoadedOn> {
 fn seen(model: &ModelStatus) -> SeenModel {
     SeenModel {
         name: model.name.clone(),
+        kind: model.kind,
         state: model.state.clone(),
         source: String::new(),
         digest: model.digest.clone(),
@@ -98,9 +101,13 @@ fn seen(model: &ModelStatus) -> SeenModel {
     }
 }
 
-/// Asks a model for one token.
+/// Asks a model for one token, or for one embedding.
 pub async fn test(node: &Node, mut request: ChatRequest) -> Reply {
     let (began, deadline) = (Instant::now(), request.deadline);
+    let embeds = |model: &OfferedModel| model.name == request.model && model.kind == Some(ModelType::Embedding);
+    if node.models().iter().any(embeds) {
+        return test_embedding(node, request).await;
+    }
     request.sampling.max_tokens = Some(1);
     let asking = async {
         let mut reply = match Box::pin(node.chat(request)).await {
@@ -109,12 +116,13 @@ pub async fn test(node: &Node, mut request: ChatRequest) -> Reply {
         };
         loop {
             let why = match reply.answers.recv().await {
-                Some(Answer::Token(_) | Answer::Accepted(_) | Answer::Progress(_)) => continue,
+                Some(Answer::Token(_) | Answer::Accepted(_) | Answer::Progress(_) | Answer::Embedding(_)) => continue,
                 Some(Answer::Finished(finished)) => {
                     return Reply::Tested {
                         node: reply.node,
                         model: reply.model,
                         prompt_tokens: finished.usage.prompt_tokens,
+                        dimensions: None,
                         ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
                     };
                 }
@@ -126,4 +134,30 @@ pub async fn test(node: &Node, mut request: ChatRequest) -> Reply {
         }
     };
     tokio::time::timeout(deadline, asking).await.unwrap_or_else(|_| Reply::Error("the answer took too long".into()))
+}
+
+async fn test_embedding(node: &Node, request: ChatRequest) -> Reply {
+    let (began, deadline) = (Instant::now(), request.deadline);
+    let texts = request.messages.into_iter().map(|message| EmbedInput::Text(message.content));
+    let asked = EmbedRequest {
+        request_id: request.request_id,
+        trace: request.trace,
+        principal: request.principal,
+        priority: request.priority,
+        deadline,
+        model: request.model,
+        embed: Embed { inputs: texts.collect(), dimensions: None },
+        extra: request.extra,
+    };
+    match tokio::time::timeout(deadline, Box::pin(node.embed(asked))).await {
+        Ok(Ok(done)) => Reply::Tested {
+            node: done.node,
+            model: done.model,
+            prompt_tokens: done.usage.prompt_tokens,
+            dimensions: done.embeddings.first().map(Vec::len),
+            ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        },
+        Ok(Err(error)) => Reply::Error(error.to_string()),
+        Err(_) => Reply::Error("the embedding took too long".into()),
+    }
 }

@@ -133,7 +133,9 @@ pub enum Reply {
         model: String,
         /// Tokens of the prompt.
         prompt_tokens: u32,
-        /// Milliseconds until the first token.
+        /// Numbers of the embedding, where it is an embedding model.
+        dimensions: Option<usize>,
+        /// Milliseconds until the first token, or until the embedding.
         ms: u64,
     },
     /// To `SetParameters`, `Load` and `VerifyModels`: how far it is, in words. One comes every few seconds.

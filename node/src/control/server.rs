@@ -301,7 +301,7 @@ async fn chat(
                 write(writer, &Reply::Text(String::from_utf8_lossy(&token.text).into_owned())).await?;
                 continue;
             }
-            Some(Answer::Accepted(_) | Answer::Progress(_)) => continue,
+            Some(Answer::Accepted(_) | Answer::Progress(_) | Answer::Embedding(_)) => continue,
             Some(Answer::Finished(finished)) => Reply::Finished {
                 node: reply.node.clone(),
                 model: reply.model.clone(),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::response::Response;
 use ingle_actors::gateway::OfferedModel;
+use ingle_actors::protocol::registry::ModelType;
 use ingle_actors::worker::manager::SeenModel;
 use serde::Serialize;
 
@@ -22,6 +23,8 @@ struct AllModels {
 #[derive(Serialize)]
 struct Model {
     name: String,
+    r#type: Option<ModelType>,
+    features: Vec<String>,
     state: String,
     nodes: Vec<String>,
     context_length: u32,
@@ -30,8 +33,8 @@ struct Model {
 
 impl From<OfferedModel> for Model {
     fn from(model: OfferedModel) -> Self {
-        let OfferedModel { name, state, nodes, context_length, is_default, .. } = model;
-        Self { name, state: state.words(), nodes, context_length, is_default }
+        let OfferedModel { name, kind, features, state, nodes, context_length, is_default, .. } = model;
+        Self { name, r#type: kind, features, state: state.words(), nodes, context_length, is_default }
     }
 }
 

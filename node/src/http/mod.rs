@@ -24,7 +24,7 @@ use tokio::sync::Semaphore;
 
 pub use body::MEMORY_KIB as BODY_MEMORY_KIB;
 pub use guard::Guard;
-use openai::{ApiError, chat_completions, models};
+use openai::{ApiError, chat_completions, embeddings, models};
 pub use server::{Server, bind};
 
 /// What the handlers work with.
@@ -53,6 +53,7 @@ impl App {
 pub fn routes(app: Arc<App>, guard: Guard) -> Router {
     let routes = Router::new()
         .route("/v1/chat/completions", post(chat_completions::create))
+        .route("/v1/embeddings", post(embeddings::create))
         .route("/v1/models", get(models::list))
         // A model's name may have slashes in it.
         .route("/v1/models/{*id}", get(models::retrieve))

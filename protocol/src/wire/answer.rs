@@ -1,10 +1,11 @@
 //! The frames of an answer as one type.
 
-use super::v2::{Accepted, Failed, Finished, Progress, Refused, Token};
+use super::v2::{Accepted, Embedding, Failed, Finished, Progress, Refused, Token};
 use super::{Body, Frame, Version, Versioned, WireError};
 
 /// One frame of an answer. An answer is `Accepted`, any `Progress`, any `Token`, then `Finished` or `Failed`;
-/// or it is one `Refused`.
+/// or it is one `Refused`. Where embeddings were asked for, `Embedding`s stand in the place of tokens, and `Progress` may come
+/// between them.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Answer {
     /// The engine takes the request.
@@ -15,6 +16,8 @@ pub enum Answer {
     Progress(Progress),
     /// A generated token.
     Token(Token),
+    /// An input as numbers.
+    Embedding(Embedding),
     /// The end, all well. Nothing follows.
     Finished(Finished),
     /// The end, not well. Nothing follows.
@@ -39,6 +42,7 @@ impl Answer {
             Self::Refused(body) => body.encode_for(version),
             Self::Progress(body) => body.encode_for(version),
             Self::Token(body) => body.encode_for(version),
+            Self::Embedding(body) => body.encode_for(version),
             Self::Finished(body) => body.encode_for(version),
             Self::Failed(body) => body.encode_for(version),
         }
@@ -56,6 +60,7 @@ impl Answer {
             Refused::KIND => Self::Refused(Refused::decode_for(frame, version)?),
             Progress::KIND => Self::Progress(Progress::decode_for(frame, version)?),
             Token::KIND => Self::Token(Token::decode_for(frame, version)?),
+            Embedding::KIND => Self::Embedding(Embedding::decode_for(frame, version)?),
             Finished::KIND => Self::Finished(Finished::decode_for(frame, version)?),
             Failed::KIND => Self::Failed(Failed::decode_for(frame, version)?),
             got => return Err(WireError::Unexpected { expected: "a frame of an answer", got }),

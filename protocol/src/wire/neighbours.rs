@@ -37,7 +37,7 @@ macro_rules! same_in_all {
 same_in_all! {
     Hello Welcome NotWelcome Goodbye NodeFacts Refused Progress Failed JoinRequest JoinGranted JoinRefused
     AuthorityKeyRequest AuthorityKey RenewalRequest Renewed AuthorityRefused ControlProbe DrainRequest DrainReply
-    RegistryEntry HeldFiles ChunkListRequest ListProgress ChunkList ChunkRequest ChunkFollows FileRefused
+    Embedding RegistryEntry HeldFiles ChunkListRequest ListProgress ChunkList ChunkRequest ChunkFollows FileRefused
 }
 
 /// Frames that version 1 has in another form.
@@ -61,7 +61,27 @@ macro_rules! other_in_v1 {
     };
 }
 
-other_in_v1! { Request Accepted Token Finished Pulse }
+other_in_v1! { Accepted Token Finished Pulse }
+
+/// Version 1 has conversations only: what is to be embedded never goes there.
+impl Versioned for v2::Request {
+    fn encode_for(&self, version: Version) -> Result<Frame, WireError> {
+        match version {
+            Version::V1 if self.embed.is_some() => {
+                Err(WireError::NotInVersion { frame: "Request for embeddings", version })
+            }
+            Version::V1 => encode(&v1::Request::from(self)),
+            Version::V2 => encode(self),
+        }
+    }
+
+    fn decode_for(frame: &Frame, version: Version) -> Result<Self, WireError> {
+        match version {
+            Version::V1 => frame.decode::<v1::Request>().map(Self::from),
+            Version::V2 => frame.decode(),
+        }
+    }
+}
 
 /// Without `resume_text`, which only endpoints need: those of an old node cannot go on with an answer. `resume` goes
 /// along, so that a worker that can do nothing with it refuses and does not begin anew.
@@ -97,6 +117,7 @@ impl From<v1::Request> for v2::Request {
             digest: old.digest,
             messages: old.messages,
             sampling: old.sampling,
+            embed: None,
             resume: old.resume,
             resume_text: Vec::new(),
             extra: old.extra,

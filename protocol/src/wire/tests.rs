@@ -128,10 +128,18 @@ fn request() -> Request {
         digest: ModelDigest([7; 32]),
         messages: vec![Message { role: Role::User, content: "héllo 🔥".into(), extra: b"{}".to_vec() }],
         sampling: sampling(),
+        embed: None,
         resume: vec![1, 2, 300_000],
         resume_text: b"so far".to_vec(),
         extra: br#"{"grammar":"x"}"#.to_vec(),
     }
+}
+
+/// As [`request`], for numbers.
+fn embed_request() -> Request {
+    let inputs = vec![EmbedInput::Text("héllo".into()), EmbedInput::Tokens(vec![101, 300_000, 102])];
+    let embed = Some(Embed { inputs, dimensions: Some(384) });
+    Request { messages: vec![], embed, resume: vec![], resume_text: vec![], extra: vec![], ..request() }
 }
 
 /// One sample of each frame: its bytes are golden.
@@ -171,6 +179,7 @@ fn samples() -> Vec<(&'static str, Frame)> {
             extra: br#"{"chunk":{"y":2}}"#.to_vec(),
         }),
         sample(Failed { kind: FailureKind::EngineDied, message: "killed".into(), retryable: false, migratable: true }),
+        sample(Embedding { index: 300, values: vec![0.5, -0.25, 1.0] }),
         sample(Pulse { sequence: 12, engines: vec![engine_pulse()] }),
         sample(JoinRequest {
             token_id: [1; 8],
@@ -220,6 +229,12 @@ fn samples() -> Vec<(&'static str, Frame)> {
     ]
 }
 
+/// All lines of the newest version: [`samples`], and kinds of which there are two forms.
+fn golden_lines() -> String {
+    let two_forms = [("Request for embeddings", encode(&embed_request()).unwrap())];
+    samples().iter().chain(&two_forms).map(|(name, frame)| line(name, frame)).collect()
+}
+
 /// A line of a golden file.
 fn line(name: &str, frame: &Frame) -> String {
     let hex: String = frame.to_bytes().iter().map(|b| format!("{b:02x}")).collect();
@@ -231,7 +246,7 @@ fn line(name: &str, frame: &Frame) -> String {
 #[test]
 fn golden_bytes_of_every_frame_stay_what_they_are() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/v2.txt");
-    let now: String = samples().iter().map(|(name, frame)| line(name, frame)).collect();
+    let now = golden_lines();
     if std::env::var_os("INGLE_WRITE_GOLDEN").is_some() {
         std::fs::write(path, &now).unwrap();
     }
@@ -287,6 +302,18 @@ fn a_token_with_all_that_may_come_with_it_fits() {
     let logprobs = Some(Logprobs { chosen: longest, top });
     let token = Token { position: 0, id: 0, text: vec![b'x'; 32 << 10], logprobs, extra: vec![b'x'; EXTRA_LIMIT] };
     assert!(encode(&token).is_ok());
+}
+
+#[test]
+fn the_longest_embedding_and_the_most_inputs_fit() {
+    let longest = Embedding { index: u32::MAX, values: vec![-1.5; MOST_DIMENSIONS] };
+    assert_eq!(encode(&longest).unwrap().decode::<Embedding>().unwrap(), longest);
+    for input in [EmbedInput::Text(String::new()), EmbedInput::Tokens(vec![7])] {
+        let embed = Some(Embed { inputs: vec![input; MOST_INPUTS], dimensions: None });
+        let request = Request { embed, ..embed_request() };
+        assert_eq!(encode(&request).unwrap().decode::<Request>().unwrap(), request);
+    }
+    assert_eq!(embed_request().embed.unwrap().lengths(), (6, 3));
 }
 
 #[test]

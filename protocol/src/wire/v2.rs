@@ -9,11 +9,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};
 
+mod embedding;
 mod files;
 mod parameters;
 mod sampling;
 /// An entry of the registry of models: sent to every peer when it changes, and all of them to a new peer.
 pub use crate::registry::Entry as RegistryEntry;
+pub use embedding::*;
 pub use files::*;
 pub use parameters::*;
 pub use sampling::*;
@@ -44,6 +46,7 @@ frames! {
     0x14 Token at_most 320 * KIB;
     0x15 Finished at_most 320 * KIB;
     0x16 Failed at_most 16 * KIB;
+    0x17 Embedding at_most 192 * KIB;
     0x20 Pulse at_most 64 * KIB;
     0x30 JoinRequest at_most 16 * KIB;
     0x31 JoinGranted at_most 256 * KIB;
@@ -153,6 +156,9 @@ pub struct Request {
     pub messages: Vec<Message>,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// What is to become numbers: then neither messages nor sampling say anything, and the answer is [`Embedding`]s.
+    /// `None` for a conversation.
+    pub embed: Option<Embed>,
     /// Tokens that were generated and delivered before: the answer goes on behind them.
     pub resume: Vec<u32>,
     /// The text that was delivered before, for workers whose tokens have no ids.

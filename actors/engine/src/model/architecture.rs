@@ -127,6 +127,11 @@ pub(crate) fn chats(architecture: &str) -> bool {
     FAMILIES.iter().any(|(name, _)| *name == architecture)
 }
 
+/// Whether it turns texts into numbers, by its architecture.
+pub(crate) fn embeds(gguf: &Gguf) -> bool {
+    architecture(gguf).is_ok_and(|name| EMBEDDING.contains(&name))
+}
+
 /// The name of the architecture.
 pub(crate) fn architecture(gguf: &Gguf) -> Result<&str, GgufError> {
     Ok(gguf.text("general.architecture")?.unwrap_or("none"))

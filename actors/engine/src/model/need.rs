@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::architecture::Hyperparameters;
+use super::architecture::{Hyperparameters, embeds};
 use super::kv::KvStore;
 use crate::gguf::Gguf;
 use crate::kernels::{KV_BLOCK, KvLayout};
@@ -42,6 +42,9 @@ impl Lengths {
 /// Reads the head of a model file and says what an engine on the CPU needs for it with these options.
 pub fn memory_need(path: &Path, options: &ModelOptions) -> Result<MemoryNeed, EngineError> {
     let gguf = Gguf::open(path)?;
+    if embeds(&gguf) {
+        return crate::encoder::memory_need(&gguf, options);
+    }
     let model = Hyperparameters::from_gguf(&gguf)?;
     let Lengths { for_one, for_all, .. } = Lengths::of(&model, options);
     let layout = KvLayout { kind: options.kv_type, heads: model.kv_heads, size: model.head_size };

@@ -108,6 +108,11 @@ fn check_tools(tools: ToolSupport, param: &str) -> Result<(), Refused> {
     Err(refuse(RefusalKind::UnsupportedField, Some(param), format!("'{param}' is not supported: {why}")))
 }
 
+/// Refuses every further member by name: a request for embeddings has none that this engine would know.
+pub(super) fn check_no_extra(request: &Request) -> Result<(), Refused> {
+    refuse_unknown(&members_of(&request.extra, "extra")?, "", |_, _| false)
+}
+
 /// What would have to constrain the answer is refused: nothing does.
 fn check_tool_choice(choice: Option<&Value>) -> Result<(), Refused> {
     match choice {

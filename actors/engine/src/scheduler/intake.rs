@@ -24,7 +24,7 @@ use crate::text::{Codec, Detokenizer};
 use crate::{Capabilities, EngineSpec};
 
 /// A deadline further away than this is none.
-const FAR: Duration = Duration::from_secs(30 * 24 * 3600);
+pub(super) const FAR: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// One of the bounded places of those who wait; free again when dropped.
 #[derive(Debug)]
@@ -176,6 +176,11 @@ impl Intake {
             let message = format!("{} is not here: this engine runs {}", request.digest, self.digest);
             return Err(refuse(RefusalKind::UnknownModel, Some("model"), message));
         }
+        if request.embed.is_some() {
+            let message =
+                format!("`{}` is a chat model (type llm): it writes texts and has no embeddings", request.model);
+            return Err(refuse(RefusalKind::UnsupportedField, Some("model"), message));
+        }
         check_extra(request, self.codec.tools())?;
         check_sampling(&request.sampling, self.vocabulary)?;
         if request.messages.is_empty() {
@@ -218,6 +223,6 @@ impl Intake {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

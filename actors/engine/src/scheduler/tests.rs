@@ -53,6 +53,7 @@ fn request(content: &str) -> Request {
         digest: ModelDigest::default(),
         messages: vec![Message { role: Role::User, content: content.into(), extra: vec![] }],
         sampling: Sampling { seed: 1, ..Sampling::default() },
+        embed: None,
         resume: vec![],
         resume_text: vec![],
         extra: vec![],

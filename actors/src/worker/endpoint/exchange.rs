@@ -55,12 +55,14 @@ pub struct Exchange {
     pub place: meter::Exchange,
     /// 0 where it is not known.
     pub context_length: u32,
+    /// Embeddings that are due; `None` for an answer in words.
+    pub embeddings: Option<usize>,
     /// Told where the far side does not answer.
     pub trouble: Arc<Notify>,
 }
 
 /// Why an exchange is over early.
-enum Over {
+pub enum Over {
     /// The reader has left.
     Left,
     Trouble(Trouble),
@@ -73,21 +75,22 @@ impl From<Trouble> for Over {
 }
 
 /// What must be watched all the time.
-struct Watch {
+pub struct Watch {
     answers: mpsc::Sender<Answer>,
     ticks: Interval,
     began: Instant,
     deadline: Instant,
     patience: Patience,
     /// When the far side last said something.
-    heard: Instant,
+    pub heard: Instant,
     any_token: bool,
-    endpoint: String,
+    /// `host:port`, for messages.
+    pub endpoint: String,
 }
 
 impl Watch {
     /// Waits for `work` within all limits, and says every now and then that the request waits.
-    async fn until<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Over> {
+    pub async fn until<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Over> {
         let mut work = pin!(work);
         loop {
             tokio::select! {
@@ -127,7 +130,8 @@ impl Watch {
         Ok(())
     }
 
-    async fn send(&mut self, answer: Answer) -> Result<(), Over> {
+    /// Passes a frame on. A reader that does not keep up is waited for, for a while.
+    pub async fn send(&mut self, answer: Answer) -> Result<(), Over> {
         let answer = match self.answers.try_send(answer) {
             Ok(()) => return Ok(()),
             Err(mpsc::error::TrySendError::Closed(_)) => return Err(Over::Left),
@@ -172,13 +176,18 @@ impl Exchange {
         let now = Instant::now();
         let mut ticks = interval_at((now + TICK).into(), TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let Self { request, endpoint, key, deadline, patience, mut place, context_length, trouble } = self;
+        let Self { request, endpoint, key, deadline, patience, mut place, context_length, embeddings, trouble } = self;
         let prompt_tokens = place.prompt_tokens();
         let mut stream = AnswerStream::new(&endpoint, prompt_tokens);
         let mut watch =
             Watch { answers, ticks, began: now, deadline, patience, heard: now, any_token: false, endpoint };
         let accepted = Accepted { prompt_tokens, cached_tokens: 0, context_length, load: place.load() };
         let told = async {
+            if let Some(due) = embeddings {
+                let finished = super::embed::ask(&mut watch, request, due, accepted, &mut place).await?;
+                let load = place.end();
+                return watch.send(Answer::Finished(Finished { load, ..finished })).await;
+            }
             let mut response = begin(&mut watch, request).await?;
             watch.send(Answer::Accepted(accepted)).await?;
             pass_on(&mut watch, &mut response, &mut stream, &mut place).await?;
@@ -217,8 +226,8 @@ impl Exchange {
     }
 }
 
-/// Sends the request; returns when a stream of events begins.
-async fn begin(watch: &mut Watch, request: reqwest::RequestBuilder) -> Result<Response, Over> {
+/// Sends the request; returns when an answer begins that is no error.
+pub async fn sent(watch: &mut Watch, request: reqwest::RequestBuilder) -> Result<Response, Over> {
     let endpoint = watch.endpoint.clone();
     // On the heap: it is large.
     let response = watch.until(Box::pin(request.send())).await?.map_err(|error| of_transport(&error, &endpoint))?;
@@ -228,9 +237,16 @@ async fn begin(watch: &mut Watch, request: reqwest::RequestBuilder) -> Result<Re
         let error = FarError::read(&watch.until(error_body(response)).await?);
         return Err(of_status(status, &headers, error, &endpoint).into());
     }
+    watch.heard = Instant::now();
+    Ok(response)
+}
+
+/// Sends the request; returns when a stream of events begins.
+async fn begin(watch: &mut Watch, request: reqwest::RequestBuilder) -> Result<Response, Over> {
+    let response = sent(watch, request).await?;
+    let endpoint = watch.endpoint.clone();
     let kind = response.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     if kind.trim_start().get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case("text/event-stream")) {
-        watch.heard = Instant::now();
         return Ok(response);
     }
     let kind: String = kind.chars().take(80).collect();

@@ -4,6 +4,7 @@
 
 mod address;
 mod chunk;
+mod embed;
 mod errors;
 mod exchange;
 mod health;
@@ -21,7 +22,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v2::{
-    ENDPOINT_NUMERICS, EnginePulse, Load, ModelFacts, ModelState, RefusalKind, Refused, Request,
+    EMBEDDINGS, ENDPOINT_NUMERICS, Embed, EnginePulse, Load, ModelFacts, ModelState, RefusalKind, Refused, Request,
 };
 use ingle_protocol::{EngineId, ModelDigest, NodeId};
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -69,6 +70,8 @@ pub struct EndpointOptions {
     pub slots: Option<u32>,
     /// It answers requests that name no model.
     pub is_default: bool,
+    /// Its model turns texts into numbers, and does not chat.
+    pub embeds: bool,
     /// How long it may be silent until the first token.
     pub first_token_timeout: Duration,
     /// How long it may be silent between two pieces of an answer.
@@ -282,14 +285,25 @@ impl EndpointWorker {
             let message = format!("the model `{}` is not ready: {}", request.model, state.words());
             not_now(RefusalKind::Loading, message)
         })?;
-        let body = request::body(request, &model)?;
+        let embed = request.embed.as_ref();
+        if embed.is_some() != self.options.embeds {
+            let does = if self.options.embeds { "embeds and does not chat" } else { "chats and does not embed" };
+            let message = format!("`{}` {does}, as it was registered", request.model);
+            let kind = RefusalKind::UnsupportedField;
+            return Err(Refused { kind, message, param: Some("model".into()), retry_after_ms: None });
+        }
+        let (route, body) = match embed {
+            Some(embed) => ("v1/embeddings", embed::body(request, embed, &model)?),
+            None => ("v1/chat/completions", request::body(request, &model)?),
+        };
         let now = Instant::now();
-        let bytes: usize = request.messages.iter().map(|message| message.content.len()).sum();
-        let prompt_tokens = u32::try_from(bytes / BYTES_PER_TOKEN).unwrap_or(u32::MAX);
+        let (texts, tokens) = embed.map_or((0, 0), Embed::lengths);
+        let bytes = texts + request.messages.iter().map(|message| message.content.len()).sum::<usize>();
+        let prompt_tokens = u32::try_from(bytes / BYTES_PER_TOKEN + tokens).unwrap_or(u32::MAX);
         let place = self.meter.begin(MOST_REQUESTS, prompt_tokens, now).ok_or_else(|| {
             not_now(RefusalKind::Busy, format!("{MOST_REQUESTS} requests are at the endpoint {}", self.options.url))
         })?;
-        let url = self.options.url.route("v1/chat/completions");
+        let url = self.options.url.route(route);
         // One more for the last word to a reader that reads too slowly.
         let (answers, reader) = mpsc::channel(ANSWER_BUFFER + 1);
         let exchange = Exchange {
@@ -300,6 +314,7 @@ impl EndpointWorker {
             patience: Patience { first_token: self.options.first_token_timeout, silence: self.options.silence_timeout },
             place,
             context_length,
+            embeddings: embed.map(|embed| embed.inputs.len()),
             trouble: self.trouble.clone(),
         };
         tokio::spawn(exchange.run(answers).in_current_span());
@@ -331,7 +346,7 @@ impl Worker for EndpointWorker {
         let status = self.status();
         ModelFacts {
             name: self.name_in(&status),
-            digest: status.model.as_deref().map(digest),
+            digest: status.model.as_deref().map(|model| digest(model, self.options.embeds)),
             state: status.state.clone(),
             engine: matches!(status.state, ModelState::Ready | ModelState::Draining).then_some(EngineId {
                 node: own,
@@ -343,7 +358,7 @@ impl Worker for EndpointWorker {
             context_length: status.context_length,
             slots: status.slots,
             // Fields that we have no name for reach it as they are.
-            features: vec!["extra".into()],
+            features: features(self.options.embeds),
             is_default: self.options.is_default,
         }
     }
@@ -360,12 +375,19 @@ impl Worker for EndpointWorker {
     }
 }
 
+/// What an endpoint honours, by what its model is for.
+pub(crate) fn features(embeds: bool) -> Vec<String> {
+    let kinds = if embeds { &["extra", EMBEDDINGS][..] } else { &["extra"] };
+    kinds.iter().map(|kind| (*kind).to_owned()).collect()
+}
+
 /// The name here of a model that has none but the one there. llama.cpp calls a model by the path of its file.
 fn name_of(model: &str) -> String {
     if model.ends_with(".gguf") { model_name(Path::new(model)) } else { model.to_owned() }
 }
 
 /// Stands for the content of a model that we do not see: two endpoints with the same model count as the same.
-fn digest(model: &str) -> ModelDigest {
-    ModelDigest(Sha256::digest(format!("endpoint model {model}")).into())
+fn digest(model: &str, embeds: bool) -> ModelDigest {
+    let kind = if embeds { "embedding model" } else { "model" };
+    ModelDigest(Sha256::digest(format!("endpoint {kind} {model}")).into())
 }

@@ -42,6 +42,11 @@ pub fn body(request: &Request, model: &str) -> Result<Vec<u8>, Refused> {
     Ok(out)
 }
 
+/// Further members that are no object.
+pub fn invalid_extra(error: &serde_json::Error) -> Refused {
+    refused(RefusalKind::InvalidField, "extra", format!("no JSON object: {error}"))
+}
+
 fn refused(kind: RefusalKind, param: &str, message: String) -> Refused {
     Refused { kind, message, param: Some(param.to_owned()), retry_after_ms: None }
 }
@@ -159,6 +164,7 @@ mod tests {
             digest: ModelDigest::default(),
             messages,
             sampling,
+            embed: None,
             resume: vec![],
             resume_text: vec![],
             extra: extra.into(),

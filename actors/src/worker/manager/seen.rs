@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ingle_protocol::NodeId;
+use ingle_protocol::registry::ModelType;
 use ingle_protocol::wire::v2::ModelState;
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,9 @@ use crate::worker::Worker;
 pub struct SeenModel {
     /// Its name.
     pub name: String,
+    /// `llm`, `embedding`; `None` until its node has looked.
+    #[serde(rename = "type")]
+    pub kind: Option<ModelType>,
     /// Its state in a word or a few.
     pub state: String,
     /// Where it comes from: a file, a source, `default` or `echo`.
@@ -79,6 +83,7 @@ impl ModelManager {
             ModelState::Fetching { .. } | ModelState::Verifying | ModelState::Loading | ModelState::Warming
         );
         SeenModel {
+            kind: facts.kind(),
             name: facts.name,
             state: facts.state.words(),
             source: in_words(&spec.choice),

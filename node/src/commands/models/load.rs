@@ -80,10 +80,17 @@ pub async fn test(settings: &Settings, options: TestModel) -> anyhow::Result<()>
     let mut client =
         Client::ask(&settings.state_dir, &request).await.map_err(|error| explain_error(settings, error))?;
     let reply = client.next(settings.request_timeout + MARGIN).await?;
-    let Reply::Tested { node, model, prompt_tokens, ms } = reply else { return Err(unexpected()) };
+    let Reply::Tested { node, model, prompt_tokens, dimensions, ms } = reply else { return Err(unexpected()) };
     if options.json {
-        let report = json!({ "model": model, "node": node, "prompt_tokens": prompt_tokens, "ms": ms });
+        let mut report = json!({ "model": model, "node": node, "prompt_tokens": prompt_tokens, "ms": ms });
+        if let Some(dimensions) = dimensions {
+            report["dimensions"] = dimensions.into();
+        }
         return print(&format!("{report}\n"));
     }
-    print(&format!("{model} answers: {node} read {prompt_tokens} tokens and wrote one in {ms} ms.\n"))
+    let wrote = match dimensions {
+        Some(dimensions) => format!("made an embedding of {dimensions} numbers"),
+        None => "wrote one".into(),
+    };
+    print(&format!("{model} answers: {node} read {prompt_tokens} tokens and {wrote} in {ms} ms.\n"))
 }

@@ -33,7 +33,7 @@ const NODE: HeaderName = HeaderName::from_static("x-ingle-node");
 /// In a request: whose turn comes first when not all can be served.
 const PRIORITY: HeaderName = HeaderName::from_static("x-ingle-priority");
 /// In a request `true`: say who could have answered and why this one does; in the answer: just that.
-const EXPLAIN: HeaderName = HeaderName::from_static("x-ingle-explain");
+pub(super) const EXPLAIN: HeaderName = HeaderName::from_static("x-ingle-explain");
 
 /// What all chunks of an answer have in common.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,7 +124,7 @@ pub async fn create(
 /// A stream whose model is being loaded begins after this long, so that its client sees that the connection lives.
 const SILENT_WAIT: Duration = Duration::from_secs(3);
 /// Bodies from here on, in bytes, are parsed away from the threads that everything else runs on.
-const LARGE_BODY: usize = 256 << 10;
+pub(super) const LARGE_BODY: usize = 256 << 10;
 
 /// How an answer goes on.
 enum Begun {
@@ -259,7 +259,7 @@ async fn collect(
             }
             Answer::Failed(failed) => return Err(failed.into()),
             Answer::Refused(refused) => return Err(refused.into()),
-            Answer::Accepted(_) | Answer::Progress(_) => {}
+            Answer::Accepted(_) | Answer::Progress(_) | Answer::Embedding(_) => {}
         }
     }
 }
@@ -300,13 +300,13 @@ fn whole(
 }
 
 /// What an answer's headers say of its way.
-struct AnswerHeaders {
-    node: String,
-    explain: Option<String>,
+pub(super) struct AnswerHeaders {
+    pub node: String,
+    pub explain: Option<String>,
 }
 
 impl AnswerHeaders {
-    fn insert(&self, response: &mut Response) {
+    pub fn insert(&self, response: &mut Response) {
         for (name, value) in [(NODE, Some(&self.node)), (EXPLAIN, self.explain.as_ref())] {
             if let Some(value) = value.and_then(|value| HeaderValue::try_from(value).ok()) {
                 response.headers_mut().insert(name, value);
@@ -315,7 +315,7 @@ impl AnswerHeaders {
     }
 }
 
-fn priority_of(headers: &HeaderMap) -> Result<Priority, ApiError> {
+pub(super) fn priority_of(headers: &HeaderMap) -> Result<Priority, ApiError> {
     let Some(value) = headers.get(PRIORITY) else { return Ok(Priority::Normal) };
     match value.as_bytes() {
         b"background" => Ok(Priority::Background),
@@ -356,8 +356,13 @@ impl RequestLog {
             Answer::Finished(finished) => self.outcome = Some(finish_reason(finished.reason)),
             Answer::Failed(failed) => self.outcome = Some(failed.kind.as_str()),
             Answer::Refused(_) => self.outcome = Some("refused"),
-            Answer::Accepted(_) | Answer::Progress(_) => {}
+            Answer::Accepted(_) | Answer::Progress(_) | Answer::Embedding(_) => {}
         }
+    }
+
+    /// All of it is there at once.
+    pub fn finished(&mut self, how: &'static str) {
+        self.outcome = Some(how);
     }
 
     /// It ends with an error after it was told that it would be a stream.
@@ -365,7 +370,8 @@ impl RequestLog {
         self.outcome = Some(error.code.unwrap_or(error.kind));
     }
 
-    fn refused(&mut self, error: &ApiError) {
+    /// It is not answered.
+    pub fn refused(&mut self, error: &ApiError) {
         self.status = error.status.as_u16();
         self.outcome = Some(error.code.unwrap_or(error.kind));
     }

@@ -83,6 +83,12 @@ impl ApiError {
         Self { param: Some("model".into()), ..error }
     }
 
+    /// 400: the model is for something else.
+    pub fn wrong_model(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::BAD_REQUEST, INVALID, Some("wrong_model_type"), message);
+        Self { param: Some("model".into()), ..error }
+    }
+
     /// 405: the route has other methods.
     pub fn wrong_method(method: &str, path: &str) -> Self {
         let message = format!("{path} does not take {method}.");
@@ -131,6 +137,7 @@ impl From<GatewayError> for ApiError {
         let message = error.to_string();
         match error {
             GatewayError::UnknownModel { .. } => Self::no_model(message),
+            GatewayError::WrongModel { .. } => Self::wrong_model(message),
             GatewayError::NoWorker { retry_after, .. } => Self::unavailable("no_worker", message, Some(retry_after)),
             GatewayError::Loading { retry_after, .. } => Self::unavailable("model_loading", message, Some(retry_after)),
             GatewayError::Quota { retry_after, .. } => Self::over_quota(message, retry_after),

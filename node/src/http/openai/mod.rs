@@ -1,6 +1,8 @@
 //! The OpenAI dialect.
 
 pub mod chat_completions;
+mod embedding_request;
+pub mod embeddings;
 mod error;
 mod extra;
 mod fields;

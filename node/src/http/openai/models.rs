@@ -8,6 +8,7 @@ use axum::extract::{Path, State};
 use axum::response::Response;
 use ingle_actors::gateway::{DEFAULT_MODEL, OfferedModel, unknown_model};
 use ingle_actors::protocol::names;
+use ingle_actors::protocol::registry::ModelType;
 use serde::Serialize;
 
 use super::ApiError;
@@ -27,6 +28,10 @@ struct Model {
     created: u64,
     owned_by: &'static str,
     // Beyond OpenAI:
+    /// `llm` or `embedding`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    r#type: Option<ModelType>,
+    features: Vec<String>,
     state: String,
     context_length: u32,
     is_default: bool,
@@ -40,6 +45,8 @@ impl From<OfferedModel> for Model {
             object: "model",
             created: model.created,
             owned_by: "ingle",
+            r#type: model.kind,
+            features: model.features,
             state: model.state.words(),
             context_length: model.context_length,
             is_default: model.is_default,
@@ -93,6 +100,8 @@ mod tests {
     fn offered(name: &str, nodes: &[&str], is_default: bool) -> OfferedModel {
         OfferedModel {
             name: name.into(),
+            kind: Some(ModelType::Llm),
+            features: vec![],
             state: if nodes.is_empty() { ModelState::Loading } else { ModelState::Ready },
             nodes: nodes.iter().map(|&node| node.to_owned()).collect(),
             context_length: 2048,

@@ -12,7 +12,7 @@ use super::sampling::sampling;
 use super::tools::{self, ToolUse};
 
 /// The longest name of a model, in bytes.
-const LONGEST_NAME: usize = 256;
+pub(super) const LONGEST_NAME: usize = 256;
 
 /// A chat completion request, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -213,13 +213,13 @@ fn equal(a: &Value, b: &Value) -> bool {
 
 /// The members of an object as the client wrote them. What travels on keeps their order and the digits of their
 /// numbers: models are trained on descriptions of tools that begin with their names.
-struct Written<'t> {
+pub(super) struct Written<'t> {
     members: Vec<(String, &'t str)>,
 }
 
 impl<'t> Written<'t> {
     /// Of JSON that was read without an error.
-    fn new(object: &'t str) -> Self {
+    pub fn new(object: &'t str) -> Self {
         let name = |written: &str| serde_json::from_str(written).unwrap_or_default();
         Self { members: raw_json::members(object).into_iter().map(|(key, value)| (name(key), value)).collect() }
     }
@@ -230,7 +230,7 @@ impl<'t> Written<'t> {
     }
 
     /// Those that are left, as bytes. `path` is where the object stands; empty for the whole request.
-    fn extra(&self, rest: &Map<String, Value>, path: &str) -> Result<Vec<u8>, ApiError> {
+    pub fn extra(&self, rest: &Map<String, Value>, path: &str) -> Result<Vec<u8>, ApiError> {
         let mut left = self.members.iter().filter(|(name, _)| rest.contains_key(name)).peekable();
         let Some((first, _)) = left.peek() else { return Ok(vec![]) };
         let first: String = first.chars().take(80).collect();

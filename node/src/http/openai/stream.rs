@@ -115,7 +115,7 @@ impl EventWriter {
             // No `[DONE]` behind these: a client that waits for it must see that the answer is not whole.
             Answer::Failed(failed) => write_error(out, &failed.clone().into()),
             Answer::Refused(refused) => write_error(out, &refused.clone().into()),
-            Answer::Accepted(_) | Answer::Progress(_) => {}
+            Answer::Accepted(_) | Answer::Progress(_) | Answer::Embedding(_) => {}
         }
     }
 

@@ -115,6 +115,11 @@ fn what_a_version_does_not_know_is_neither_sent_nor_read() {
     assert_eq!(DrainRequest::decode_for(&frame, Version::V1), Err(unknown));
     assert_eq!(Frame::from_bytes(&frame.to_bytes(), Version::V1), Err(WireError::UnknownKind(DrainRequest::KIND)));
     assert_eq!(Frame::from_bytes(&frame.to_bytes(), Version::V2), Ok(frame));
+    let embed = embed_request();
+    let unknown = WireError::NotInVersion { frame: "Request for embeddings", version: Version::V1 };
+    assert_eq!(embed.encode_for(Version::V1), Err(unknown));
+    assert_eq!(Request::decode_for(&embed.encode_for(Version::V2).unwrap(), Version::V2), Ok(embed));
+    assert!(Embedding { index: 0, values: vec![] }.encode_for(Version::V1).is_err());
     // Version 1 has shorter tokens.
     let long = Token { position: 0, id: 0, text: vec![b'x'; 70_000], logprobs: None, extra: vec![] };
     assert!(matches!(long.encode_for(Version::V1), Err(WireError::TooLong { .. })));
@@ -170,7 +175,7 @@ prop_compose! {
         Request {
             request_id: RequestId(request_id), attempt, trace: TraceContext { trace_id, parent_span, flags }, principal,
             priority: [Priority::Background, Priority::Normal, Priority::Interactive][priority], remaining_ms, model,
-            digest: ModelDigest(digest), messages, sampling, resume, resume_text, extra,
+            digest: ModelDigest(digest), messages, sampling, embed: None, resume, resume_text, extra,
         }
     }
 }
