@@ -44,10 +44,10 @@ pub(super) fn is_weights(member: &str) -> bool {
     member.ends_with(WEIGHTS)
 }
 
-/// The folder of a member, and its name; the package's where it is in none.
+/// The folder of a member, and its name; the package's where it is in none, or in one that is just called `model`.
 pub(super) fn folder_of<'a>(member: &'a str, package: &'a str) -> (&'a str, &'a str) {
     let folder = member.rsplit_once('/').map_or("", |(folder, _)| folder);
-    let name = folder.rsplit('/').next().filter(|name| !name.is_empty()).unwrap_or(package);
+    let name = folder.rsplit('/').next().filter(|name| !matches!(*name, "" | "model")).unwrap_or(package);
     (folder, name)
 }
 
@@ -253,6 +253,7 @@ pub(super) mod tests {
     fn a_folder_is_named_after_where_it_is() {
         assert_eq!(folder_of("pkg/all-MiniLM/model.safetensors", "p"), ("pkg/all-MiniLM", "all-MiniLM"));
         assert_eq!(folder_of("model.safetensors", "p"), ("", "p"));
+        assert_eq!(folder_of("pkg/model/model.safetensors", "p"), ("pkg/model", "p"));
         assert!(is_weights("a/b.safetensors") && !is_weights("a/b.gguf"));
     }
 }
