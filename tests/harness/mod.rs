@@ -6,6 +6,7 @@
 mod copies;
 mod far_server;
 mod http;
+mod hub;
 mod machine;
 mod process;
 mod quic;
@@ -17,6 +18,7 @@ use std::time::Duration;
 pub use copies::{DEFAULT_FILE, file_in, until_arrived, without_sources};
 pub use far_server::{FAR_MODEL, FarServer, far};
 pub use http::{Answer, Events, Streamed, client};
+pub use hub::{Hub, tiny};
 pub use machine::Machine;
 pub use process::{Ran, finish, ingle, is_alive, kill, listening_ports, run};
 pub use quic::{Certificate, QuicClient, tls};
