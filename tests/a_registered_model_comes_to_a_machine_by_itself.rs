@@ -50,9 +50,12 @@ async fn one_machine_fetches_it_and_the_next_one_copies_it() {
     assert_eq!(mini.ask(&ask("tiny")).await.node(), first);
     // One byte is asked for to learn how long the file is.
     assert_eq!(hub.taken(), file.len() as u64 + 1);
-    let known = desk.until_model("tiny", "its hash is known", |model| model["sha256"].is_string()).await;
-    let why = known["nodes"].as_array().unwrap().iter().find(|on| on["node"] == *first).unwrap()["placement"].clone();
-    assert!(why.as_str().is_some_and(|why| why.contains("choice ") && why.contains("has the file")), "{why}");
+    let why = |model: &Value| {
+        let on = model["nodes"].as_array().unwrap().iter().find(|on| on["node"] == *first).cloned();
+        on.and_then(|on| on["placement"].as_str().map(str::to_owned)).unwrap_or_default()
+    };
+    let known = desk.until_model("tiny", "its hash is known", |model| why(model).contains("has the file")).await;
+    assert!(why(&known).contains("choice ") && known["sha256"].is_string(), "{known}");
 
     let other = if first == "tower" { "desk" } else { "tower" };
     mini.models(&["pin", "tiny", "tower", "desk"]).await;
@@ -103,7 +106,7 @@ async fn what_cannot_be_loaded_is_not_registered() {
         (&["--source", "hf:owner/models/nothing.gguf"][..], "404"),
         (&["--source", &good, "--sha256", &other_hash], "SHA-256"),
         (&["--source", &poem], "GGUF"),
-        (&["--source", &cut], "cut"),
+        (&["--source", &cut], "truncated"),
     ] {
         let ran = mini.ingle(&[&["models", "add", "--name", "bad"], more].concat()).await;
         let complaint = ran.fails_with(1);
@@ -121,11 +124,12 @@ async fn what_cannot_be_loaded_is_not_registered() {
 async fn a_model_that_all_ask_for_gets_a_second_copy() {
     let hub = Hub::start().await;
     let (tower, desk, mini) = household(&hub, ["", ""]).await;
-    let source = hub.put("tiny.gguf", content("qwen2"));
+    // One that writes to the end of its context.
+    let source = hub.put("tiny.gguf", content("gemma3"));
     let added = mini.models(&["add", "--name", "tiny", "--source", &source, "batch_size=1"]).await;
     assert_eq!(ready(&added).len(), 1, "{added}");
     let done = Arc::new(AtomicBool::new(false));
-    let asking: Vec<_> = (0..4)
+    let asking: Vec<_> = (0..8)
         .map(|_| {
             let (url, done) = (mini.url("/v1/chat/completions"), done.clone());
             tokio::spawn(async move {

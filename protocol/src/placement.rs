@@ -14,7 +14,7 @@ pub const STAGGER: Duration = Duration::from_secs(3);
 /// How long a model may be nowhere because a machine failed to load it for another reason than memory, until the next
 /// one tries: that machine tries again itself, and most such reasons (a source that is away) hold for all.
 pub const AFTER_FAILURE: Duration = Duration::from_secs(90);
-/// How long all copies of a model must be busy until there is another one.
+/// How much longer all copies of a model must have been busy than not until there is another one.
 pub const BUSY_FOR: Duration = Duration::from_secs(10);
 /// Two machines whose speeds differ by less than this factor are as good as each other.
 const NEAR: f64 = 1.2;
@@ -105,10 +105,14 @@ pub enum Reason {
 #[derive(Debug, Clone, Copy, Default)]
 struct Since {
     nowhere: Option<Duration>,
-    busy: Option<Duration>,
+    /// Time in which all copies were busy less that in which they were not, never below zero.
+    busy: Duration,
+    /// When that was last counted.
+    counted: Option<Duration>,
 }
 
-/// What a node remembers to judge by: since when models are nowhere, or busy everywhere. The time is the caller's.
+/// What a node remembers to judge by: since when models are nowhere, how long they were busy everywhere. The time is the
+/// caller's.
 #[derive(Debug, Clone, Default)]
 pub struct Placement {
     since: BTreeMap<String, Since>,
@@ -135,16 +139,20 @@ impl Placement {
         let is_busy = any(&[Copy::Busy]) && !any(&[Copy::Ready, Copy::Coming]);
         let since = self.since.entry(model.to_owned()).or_default();
         since.nowhere = is_nowhere.then(|| since.nowhere.unwrap_or(now));
-        since.busy = is_busy.then(|| since.busy.unwrap_or(now));
+        let passed = now.saturating_sub(since.counted.replace(now).unwrap_or(now));
+        since.busy = match is_busy {
+            true => (since.busy + passed).min(BUSY_FOR * 2),
+            false => since.busy.saturating_sub(passed),
+        };
         let (from, order, reason) = match *since {
             Since { nowhere: Some(from), .. } => {
                 let wait = if any(&[Copy::Failed]) { AFTER_FAILURE } else { Duration::ZERO };
                 (from + wait, order(candidates, bytes), Reason::Nowhere)
             }
-            Since { busy: Some(from), .. } if more => {
+            Since { busy, .. } if more && is_busy && busy >= BUSY_FOR => {
                 let mut order = order(candidates, bytes);
                 order.retain(|one| one.work == 0 && matches!(one.copy, Copy::None | Copy::There));
-                (from + BUSY_FOR, order, Reason::Busy)
+                (now.saturating_sub(busy - BUSY_FOR), order, Reason::Busy)
             }
             _ => return None,
         };
@@ -244,12 +252,17 @@ mod tests {
         let there = [candidate(1, 20), busy, worker];
         assert_eq!(judge(&there, true, s(0)), None);
         assert_eq!(judge(&there, true, BUSY_FOR - s(1)), None);
+        let breathes = Candidate { copy: Copy::Ready, ..busy };
+        assert_eq!(judge(&[there[0], breathes, worker], true, BUSY_FOR - s(1)), None);
         assert_eq!(judge(&there, false, BUSY_FOR), None, "switched off");
         assert_eq!(judge(&there, true, BUSY_FOR), Some(Reason::Busy));
         assert_eq!(judge(&[Candidate { work: 1, ..there[0] }, busy], true, BUSY_FOR), None, "it does something");
         let coming = Candidate { copy: Copy::Coming, ..worker };
         assert_eq!(judge(&[there[0], busy, coming], true, BUSY_FOR), None, "another one is coming");
-        assert_eq!(judge(&there, true, BUSY_FOR), None, "it was not busy all the time");
+        let rests = [there[0], breathes, worker];
+        assert_eq!(judge(&rests, true, BUSY_FOR + s(3)), None);
+        assert_eq!(judge(&there, true, BUSY_FOR + s(5)), None, "it was not busy enough of the time");
+        assert_eq!(judge(&there, true, BUSY_FOR + s(6)), Some(Reason::Busy));
     }
 
     fn any_candidate() -> impl Strategy<Value = Candidate> {

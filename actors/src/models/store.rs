@@ -387,6 +387,9 @@ impl ModelStore {
                 }
             }
         }
+        if failures.is_empty() {
+            failures.push("it has no source but the machines of the cluster, and none of them gives it now".into());
+        }
         Err(FetchError::NoSource { model: model.name.clone(), failures })
     }
 }

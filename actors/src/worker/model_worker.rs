@@ -26,8 +26,10 @@ use crate::node::{
 
 /// What an echo engine is called.
 const ECHO_NAME: &str = "echo";
-/// A file that could not be fetched is tried again after this long.
-const FETCH_PAUSE: Duration = Duration::from_secs(60);
+/// A file that could not be fetched is tried again after this long, and after twice as long each time that it fails.
+const FETCH_PAUSE: Duration = Duration::from_secs(4);
+/// Up to this.
+const LONGEST_FETCH_PAUSE: Duration = Duration::from_secs(64);
 /// Changes that are handed over at a time: there is one in all.
 const ORDERS: usize = 1;
 /// How long an engine that is no longer wanted may take to end before it is killed.
@@ -312,12 +314,17 @@ impl ModelWorker {
         // Engines that finish their answers; they end with this.
         let mut retiring = JoinSet::new();
         let running = async {
+            let mut fetch_pause = FETCH_PAUSE;
             loop {
                 let trouble = self.keep_running(&cancel, &mut orders, &mut retiring).await;
                 let (why, pause) = match trouble {
                     Trouble::Over => return,
                     Trouble::Final(why) => (why, None),
-                    Trouble::Fetching(why) => (why, Some(FETCH_PAUSE)),
+                    Trouble::Fetching(why) => {
+                        let pause = fetch_pause;
+                        fetch_pause = (pause * 2).min(LONGEST_FETCH_PAUSE);
+                        (why, Some(pause))
+                    }
                     Trouble::NoRoom(why) => {
                         *self.no_room.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                         (why, None)
