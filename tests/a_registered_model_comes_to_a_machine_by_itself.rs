@@ -171,3 +171,29 @@ async fn a_file_of_one_machine_is_copied_by_the_others() {
     assert_eq!((answer.node(), answer.text()), ("desk", before.as_str()));
     drop(desk);
 }
+
+#[tokio::test]
+async fn a_machine_that_is_killed_while_it_fetches_goes_on_where_it_was() {
+    let hub = Hub::start().await;
+    let mut tower = hub.machine("tower", "");
+    tower.up().await;
+    let file = content("gemma3");
+    let source = hub.put("slow.gguf", file.clone());
+    hub.set_slow(true);
+    tower.models(&["add", "--name", "slow", "--source", &source, "--unchecked"]).await;
+    tower.until_model("slow", "half of it has come", |_| hub.taken() > file.len() as u64 / 2).await;
+    let fetching = tower.model_named("slow").await;
+    assert_eq!(nodes_in(&fetching, "fetching"), ["tower"], "{fetching}");
+    tower.kill_9().await;
+    hub.set_slow(false);
+    tower.up().await;
+    tower.until_model("slow", "it is there", |model| ready(model) == ["tower"]).await;
+    let taken = hub.taken();
+    assert!(taken < file.len() as u64 * 4 / 3, "{taken} bytes of {} were taken", file.len());
+    assert_eq!(tower.ask(&ask("slow")).await.status, 200);
+
+    // How long it stays is changed while it is loaded, on all nodes.
+    tower.models(&["set", "slow", "keep_alive=1s"]).await;
+    tower.until_model("slow", "nobody asks it, so it goes", |model| nodes_in(model, "unloaded") == ["tower"]).await;
+    assert_eq!(tower.ask(&ask("slow")).await.status, 200, "and it comes when somebody does");
+}

@@ -247,6 +247,16 @@ impl Node {
         self.write(|registry, at| registry.set_pins(name, &nodes, at)).await
     }
 
+    /// Says how long a registered model stays loaded when nobody asks it; `None` for as long as its memory is not
+    /// needed.
+    pub async fn set_keep_alive(&self, asked: &str, keep_alive: Option<KeepAlive>) -> Result<(), String> {
+        let name = self.meant(asked);
+        if self.known_model(&name)?.endpoint().is_some() {
+            return Err(format!("`{name}` is an endpoint: its server decides what it keeps loaded"));
+        }
+        self.write(|registry, at| registry.set_keep_alive(&name, keep_alive, at)).await
+    }
+
     /// All models, registered or not, with how they are on all nodes.
     pub fn registry_status(&self) -> Result<RegistryStatus, String> {
         let default = self.gateway.models().into_iter().find(|model| model.is_default).map(|model| model.name);

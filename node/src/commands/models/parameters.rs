@@ -8,7 +8,7 @@ use ingle_actors::node::{
 };
 use serde_json::json;
 
-use super::registry::about;
+use super::registry::{about, ask, keep_alive_seconds};
 use crate::cli::{SetParameters, ShowParameters};
 use crate::commands::{explain_error, unexpected};
 use crate::config::Settings;
@@ -50,9 +50,30 @@ pub async fn show(settings: &Settings, options: ShowParameters) -> anyhow::Resul
     print(&(parameters.as_ref().map(table).unwrap_or_default() + &known))
 }
 
+/// What is no parameter of an engine, and set like one.
+const KEEP_ALIVE: &str = "keep_alive=";
+
 /// Sets parameters and waits until they hold.
-pub async fn set(settings: &Settings, options: SetParameters) -> anyhow::Result<()> {
+pub async fn set(settings: &Settings, mut options: SetParameters) -> anyhow::Result<()> {
+    let keep_alive = options.values.iter().position(|text| text.starts_with(KEEP_ALIVE));
+    let keep_alive = keep_alive.map(|index| options.values.remove(index));
     let changes = changes(&options.values)?;
+    if let Some(text) = keep_alive {
+        let keep_alive = match text.trim_start_matches(KEEP_ALIVE) {
+            DEFAULT => None,
+            time => Some(keep_alive_seconds(time)?),
+        };
+        let model = options.model.clone();
+        let ModelsReply::Changed = ask(settings, ModelsRequest::KeepAlive { model, keep_alive }).await? else {
+            return Err(unexpected());
+        };
+        if changes.is_empty() {
+            if options.json {
+                return print(&format!("{}\n", json!({ "model": options.model, "outcome": Outcome::Live })));
+            }
+            return print(&format!("{}\n", in_words(Outcome::Live)));
+        }
+    }
     let request =
         Request::SetParameters { model: options.model.clone(), changes: changes.clone(), restart: options.restart };
     let outcome = match Client::ask(&settings.state_dir, &request).await {
@@ -97,7 +118,7 @@ pub(super) fn changes(values: &[String]) -> Result<ParameterChanges, UsageError>
 fn in_words(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Unchanged => "These values hold already; nothing had to change.",
-        Outcome::Live => "Set: the running engine has taken it.",
+        Outcome::Live => "Set: it holds from now on.",
         Outcome::Moved => "Set: another engine has taken over, without a gap. The one before finishes its answers.",
         Outcome::Restarted => "Set: the engine finished its answers and was started anew.",
         Outcome::Stored => "Set: it holds when the model starts.",

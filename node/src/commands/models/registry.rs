@@ -63,19 +63,20 @@ fn registration(options: AddModel) -> Result<Registration, UsageError> {
         source,
         endpoint: endpoint.map(|url| Endpoint { url, model, api_key_env }),
         sha256,
-        keep_alive: keep_alive.as_deref().map(seconds).transpose()?,
+        keep_alive: keep_alive.as_deref().map(keep_alive_seconds).transpose()?,
         parameters: ingle_actors::node::GivenParameters(given),
         pins: pin,
         unchecked,
     })
 }
 
-fn seconds(text: &str) -> Result<u32, UsageError> {
+/// A time in which nobody asks a model, as it is typed.
+pub(super) fn keep_alive_seconds(text: &str) -> Result<u32, UsageError> {
     if text == "forever" {
         return Ok(FOREVER);
     }
-    let time = crate::duration::parse(text).map_err(|why| UsageError(format!("--keep-alive: {why}.")))?;
-    u32::try_from(time.as_secs()).map_err(|_| UsageError("--keep-alive is too long: write `forever`.".into()))
+    let time = crate::duration::parse(text).map_err(|why| UsageError(format!("keep-alive: {why}.")))?;
+    u32::try_from(time.as_secs()).map_err(|_| UsageError("keep-alive is too long: write `forever`.".into()))
 }
 
 /// Removes a model.
@@ -339,7 +340,7 @@ mod tests {
             (&["--source", "file:/x", "--api-key-env", "K"], "cannot be used with"),
             (&["--api-key-env", "K"], "--endpoint"),
             (&["--source", "file:/x", "--type", "poem"], "no type `poem`"),
-            (&["--source", "file:/x", "--keep-alive", "soon"], "--keep-alive"),
+            (&["--source", "file:/x", "--keep-alive", "soon"], "keep-alive"),
             (&["--source", "file:/x", "colour=3"], "no parameter"),
         ] {
             let error = typed(more).unwrap_err();
