@@ -199,9 +199,8 @@ impl Node {
             if offered.is_none() {
                 self.known_model(name)?;
             }
-            if offered.is_some_and(|model| model.nodes.is_empty() && is_on_demand(&model.state)) && !force {
-                self.wake(name).await?;
-            }
+            let is_asleep = offered.is_some_and(|model| model.nodes.is_empty() && is_on_demand(&model.state));
+            let woken = if is_asleep && !force { self.wake(name).await } else { Ok(()) };
             let models = self.gateway.models();
             let offered = models.iter().find(|model| model.name == *name);
             let state = match offered {
@@ -209,6 +208,10 @@ impl Node {
                 Some(offered) => Some(offered.state.words()),
                 None => Some("loaded on no machine".into()),
             };
+            // One that is there, and has no answer to such a question, is there.
+            if state.is_some() {
+                woken?;
+            }
             if let (Some(state), false) = (state, force) {
                 return Err(format!(
                     "`{name}` cannot answer now (it is {state}), and every request without a model would fail: with \
