@@ -115,6 +115,14 @@ pub enum FetchError {
         /// The store's folder.
         dir: PathBuf,
     },
+    /// It cannot be had in the format that it is to have.
+    #[error("The model {model} cannot be converted: {why}")]
+    Conversion {
+        /// The model.
+        model: String,
+        /// Why.
+        why: String,
+    },
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -298,7 +306,7 @@ impl ModelStore {
     }
 
     /// Waits until no other node of this machine fetches the model, and shows how far it is meanwhile.
-    async fn lock(
+    pub(super) async fn lock(
         &self,
         model: &CatalogModel,
         progress: &(dyn Fn(ModelState) + Send + Sync),

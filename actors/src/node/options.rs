@@ -24,6 +24,13 @@ pub enum ModelChoice {
     Source(CatalogModel),
     /// A file whose hash nobody knows: what its source gives the first time is what it is from then on.
     First(FirstModel),
+    /// Another one, its weights in this format.
+    Quantized {
+        /// The file that it is made from.
+        inner: Box<ModelChoice>,
+        /// The format, as `ingle models quantize --to` takes it.
+        to: String,
+    },
     /// The deterministic engine for tests.
     Echo,
 }
@@ -34,7 +41,7 @@ impl ModelChoice {
         match self {
             Self::Default => Some(default_model().digest),
             Self::Source(model) => Some(model.digest),
-            Self::File(_) | Self::First(_) | Self::Echo => None,
+            Self::File(_) | Self::First(_) | Self::Quantized { .. } | Self::Echo => None,
         }
     }
 }

@@ -8,15 +8,16 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwapOption;
 use ingle_protocol::NodeId;
 use ingle_protocol::placement::{Copy, Placement, Reason};
-use ingle_protocol::registry::{FOREVER, Record, Source};
+use ingle_protocol::registry::{FOREVER, Record, Source, Value};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::ModelRegistry;
 use super::view::View;
+use super::{ModelRegistry, QUANTIZATION};
 use crate::cluster::Mesh;
 use crate::models::choice_of;
+use crate::node::ModelChoice;
 use crate::platform;
 use crate::worker::manager::{LoadError, ModelSpec};
 use crate::worker::{ModelManager, Workers};
@@ -231,6 +232,10 @@ impl Placer {
                 return None;
             }
         };
+        let choice = match record.parameters().get(QUANTIZATION) {
+            Some(Value::Word(to)) => ModelChoice::Quantized { inner: Box::new(choice), to: to.clone() },
+            _ => choice,
+        };
         let stays = record.keep_alive();
         Some(ModelSpec {
             name: record.name().to_owned(),
@@ -257,11 +262,8 @@ impl Placer {
         if here == wanted {
             return;
         }
-        let is_same = here.choice == wanted.choice || {
-            let content = self.models.get(&here.name).and_then(|worker| worker.digest());
-            content.is_some() && content == wanted.choice.digest()
-        };
-        if !is_same {
+        let worker = self.models.get(&here.name);
+        if !worker.is_some_and(|worker| worker.is_what(&here.choice, &wanted.choice)) {
             return self.load(wanted, "it is another one now", jobs);
         }
         let models = self.models.clone();
@@ -271,7 +273,7 @@ impl Placer {
     /// The registry learns the hash of a file that nobody knew before: all other copies are held to it.
     fn note_hash(&self, record: &Record, mesh: &Mesh, jobs: &mut Jobs) {
         let Some(worker) = self.models.get(record.name()) else { return };
-        let Some(digest) = worker.digest() else { return };
+        let Some(digest) = worker.source_digest() else { return };
         if record.sha256().is_some() || !worker.is_ready() {
             return;
         }

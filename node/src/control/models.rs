@@ -40,6 +40,13 @@ pub enum ModelsRequest {
         /// Seconds; none for as long as its memory is not needed.
         keep_alive: Option<KeepAlive>,
     },
+    /// Have the weights of one converted.
+    Quantization {
+        /// Its name, or `default`.
+        model: String,
+        /// The format; none for that of its file.
+        to: Option<String>,
+    },
     /// All models.
     Status,
     /// One model.
@@ -60,7 +67,7 @@ pub enum ModelsReply {
         /// It was the default model.
         was_default: bool,
     },
-    /// To `SetDefault`, `Pin` and `KeepAlive`.
+    /// To `SetDefault`, `Pin`, `KeepAlive` and `Quantization`.
     Changed,
     /// To `Status`.
     Status(RegistryStatus),
@@ -83,6 +90,10 @@ pub async fn answer(node: &Arc<Node>, request: ModelsRequest) -> Result<ModelsRe
         }
         ModelsRequest::KeepAlive { model, keep_alive } => {
             node.set_keep_alive(&model, keep_alive).await?;
+            ModelsReply::Changed
+        }
+        ModelsRequest::Quantization { model, to } => {
+            node.set_quantization(&model, to.as_deref()).await?;
             ModelsReply::Changed
         }
         ModelsRequest::Status => ModelsReply::Status(node.registry_status()?),

@@ -50,29 +50,19 @@ pub async fn show(settings: &Settings, options: ShowParameters) -> anyhow::Resul
     print(&(parameters.as_ref().map(table).unwrap_or_default() + &known))
 }
 
-/// What is no parameter of an engine, and set like one.
-const KEEP_ALIVE: &str = "keep_alive=";
-
 /// Sets parameters and waits until they hold.
 pub async fn set(settings: &Settings, mut options: SetParameters) -> anyhow::Result<()> {
-    let keep_alive = options.values.iter().position(|text| text.starts_with(KEEP_ALIVE));
-    let keep_alive = keep_alive.map(|index| options.values.remove(index));
+    let requests = of_the_registry(&options.model, &mut options.values)?;
     let changes = changes(&options.values)?;
-    if let Some(text) = keep_alive {
-        let keep_alive = match text.trim_start_matches(KEEP_ALIVE) {
-            DEFAULT => None,
-            time => Some(keep_alive_seconds(time)?),
-        };
-        let model = options.model.clone();
-        let ModelsReply::Changed = ask(settings, ModelsRequest::KeepAlive { model, keep_alive }).await? else {
-            return Err(unexpected());
-        };
-        if changes.is_empty() {
-            if options.json {
-                return print(&format!("{}\n", json!({ "model": options.model, "outcome": Outcome::Live })));
-            }
-            return print(&format!("{}\n", in_words(Outcome::Live)));
-        }
+    let is_done = changes.is_empty() && !requests.is_empty();
+    for request in requests {
+        let ModelsReply::Changed = ask(settings, request).await? else { return Err(unexpected()) };
+    }
+    if is_done && options.json {
+        return print(&format!("{}\n", json!({ "model": options.model, "outcome": Outcome::Live })));
+    }
+    if is_done {
+        return print("Set for all nodes. `ingle models status` shows when a model has it.\n");
     }
     let request =
         Request::SetParameters { model: options.model.clone(), changes: changes.clone(), restart: options.restart };
@@ -97,6 +87,26 @@ pub async fn set(settings: &Settings, mut options: SetParameters) -> anyhow::Res
     print(&format!("{}\n", in_words(outcome)))
 }
 
+/// Takes one value out of those that are typed.
+pub(super) fn take(values: &mut Vec<String>, name: &str) -> Option<String> {
+    let index = values.iter().position(|text| text.split_once('=').is_some_and(|(known, _)| known == name))?;
+    values.remove(index).split_once('=').map(|(_, value)| value.to_owned())
+}
+
+/// What is no parameter of an engine, and is set like one: how long a model stays, and the format of its weights.
+fn of_the_registry(model: &str, values: &mut Vec<String>) -> Result<Vec<ModelsRequest>, UsageError> {
+    let given = |value: String| Some(value).filter(|value| value != DEFAULT);
+    let mut requests = Vec::new();
+    if let Some(value) = take(values, "keep_alive") {
+        let keep_alive = given(value).as_deref().map(keep_alive_seconds).transpose()?;
+        requests.push(ModelsRequest::KeepAlive { model: model.to_owned(), keep_alive });
+    }
+    if let Some(value) = take(values, "quantization") {
+        requests.push(ModelsRequest::Quantization { model: model.to_owned(), to: given(value) });
+    }
+    Ok(requests)
+}
+
 pub(super) fn changes(values: &[String]) -> Result<ParameterChanges, UsageError> {
     let mut changes = ParameterChanges::new();
     for text in values {
@@ -118,7 +128,7 @@ pub(super) fn changes(values: &[String]) -> Result<ParameterChanges, UsageError>
 fn in_words(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Unchanged => "These values hold already; nothing had to change.",
-        Outcome::Live => "Set: it holds from now on.",
+        Outcome::Live => "Set: the running engine has taken it.",
         Outcome::Moved => "Set: another engine has taken over, without a gap. The one before finishes its answers.",
         Outcome::Restarted => "Set: the engine finished its answers and was started anew.",
         Outcome::Stored => "Set: it holds when the model starts.",

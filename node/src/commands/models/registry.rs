@@ -7,7 +7,7 @@ use ingle_actors::protocol::registry::{Endpoint, FOREVER, ModelType};
 use ingle_actors::registry::{RegistryStatus, ShownModel};
 use serde_json::json;
 
-use super::parameters::changes;
+use super::parameters::{changes, take};
 use crate::cli::{AddModel, ListModels, PinModel, RemoveModel, SetDefault};
 use crate::commands::status::table;
 use crate::commands::{explain_error, unexpected};
@@ -52,8 +52,20 @@ pub async fn add(settings: &Settings, options: AddModel) -> anyhow::Result<()> {
 
 fn registration(options: AddModel) -> Result<Registration, UsageError> {
     let AddModel {
-        name, kind, source, endpoint, model, api_key_env, unchecked, sha256, pin, keep_alive, values, ..
+        name,
+        kind,
+        source,
+        endpoint,
+        model,
+        api_key_env,
+        unchecked,
+        sha256,
+        pin,
+        keep_alive,
+        mut values,
+        ..
     } = options;
+    let quantization = take(&mut values, "quantization");
     let known = ModelType::ALL.into_iter().find(|known| known.as_str() == kind);
     let kind = known.ok_or_else(|| UsageError(format!("There is no type `{kind}`: write llm or embedding.")))?;
     let given = changes(&values)?.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
@@ -65,6 +77,7 @@ fn registration(options: AddModel) -> Result<Registration, UsageError> {
         sha256,
         keep_alive: keep_alive.as_deref().map(keep_alive_seconds).transpose()?,
         parameters: ingle_actors::node::GivenParameters(given),
+        quantization,
         pins: pin,
         unchecked,
     })
