@@ -79,7 +79,7 @@ pub(super) fn convert(
         ConvertError::Cancelled => SourceError::io("making the model file")(io::ErrorKind::Interrupted.into()),
         other => SourceError::Refused(format!("its model folder cannot be made a GGUF file: {other}")),
     };
-    let target: Target = "f16".parse().map_err(|error| SourceError::Refused(format!("{error}")))?;
+    let target: Target = "f16".parse().map_err(SourceError::Refused)?;
     let conversion = Conversion::plan(quantize::open(&folder).map_err(refused)?, target, false).map_err(refused)?;
     check_space(work, conversion.file_bytes())?;
     let (path, cancelled) = (work.join("model.gguf"), AtomicBool::new(false));

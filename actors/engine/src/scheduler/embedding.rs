@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Instant;
 
 use ingle_protocol::wire::v2::{EMBEDDINGS, FailureKind, ModelState};
@@ -178,11 +178,8 @@ impl Passes {
             self.shared.busy.store(true, Ordering::Relaxed);
         }
         while let Ok(Wake::Look) = self.inbox.try_recv() {}
-        loop {
-            match self.arriving.try_recv() {
-                Ok(job) => self.waiting.push(*job),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-            }
+        while let Ok(job) = self.arriving.try_recv() {
+            self.waiting.push(*job);
         }
     }
 
