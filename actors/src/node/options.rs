@@ -20,6 +20,13 @@ pub enum ModelChoice {
     Default,
     /// A GGUF file, taken as it is.
     File(PathBuf),
+    /// A file of this machine that has this hash, taken as it is; where it is gone, the same content from elsewhere.
+    LocalFile {
+        /// Where it is.
+        path: PathBuf,
+        /// Its content.
+        digest: ModelDigest,
+    },
     /// A file that is known by its hash, fetched where it is missing.
     Source(CatalogModel),
     /// A file whose hash nobody knows: what its source gives the first time is what it is from then on.
@@ -41,6 +48,7 @@ impl ModelChoice {
         match self {
             Self::Default => Some(default_model().digest),
             Self::Source(model) => Some(model.digest),
+            Self::LocalFile { digest, .. } => Some(*digest),
             Self::File(_) | Self::First(_) | Self::Quantized { .. } | Self::Echo => None,
         }
     }

@@ -71,7 +71,7 @@ pub struct ModelDetails {
 
 /// The name of a format that weights can be converted to.
 fn format_named(text: &str) -> Result<String, String> {
-    text.parse::<Target>().map(|format| format.to_string())
+    text.parse::<Target>().map(|format| format.to_string().to_ascii_lowercase())
 }
 
 /// It is loaded when somebody asks for it.
@@ -133,7 +133,14 @@ impl Node {
             (Some(source), None) => {
                 let read: FileSource =
                     source.parse().map_err(|error: ingle_protocol::registry::SourceError| error.to_string())?;
-                if let (FileSource::File(path), true) = (&read, here(&pins)) {
+                if let FileSource::File(path) = &read {
+                    if !here(&pins) {
+                        return Err(format!(
+                            "{path} is a file of this machine, which others copy from it: pin the model to `{}` too, or \
+                             type this on the machine that has the file",
+                            self.options.name
+                        ));
+                    }
                     check_file(path.clone()).await?;
                 }
                 (Origin::Source(read.to_string()), pins)

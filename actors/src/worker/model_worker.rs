@@ -141,7 +141,7 @@ pub struct ModelWorker {
 pub fn model_name_of(choice: &ModelChoice) -> String {
     match choice {
         ModelChoice::Default => default_model().name,
-        ModelChoice::File(path) => crate::models::model_name(path),
+        ModelChoice::File(path) | ModelChoice::LocalFile { path, .. } => crate::models::model_name(path),
         ModelChoice::Source(model) => model.name.clone(),
         ModelChoice::First(model) => model.name.clone(),
         ModelChoice::Quantized { inner, to } => format!("{}-{to}", model_name_of(inner)),
@@ -267,6 +267,11 @@ impl ModelWorker {
     /// SHA-256 of the file that it comes from, once it is known.
     pub(crate) fn source_digest(&self) -> Option<ModelDigest> {
         self.status().source
+    }
+
+    /// What it was made for.
+    pub(crate) fn choice(&self) -> &ModelChoice {
+        &self.options.choice
     }
 
     /// It has what `wanted` says, where it was meant to be `before`: also where what was fetched from somewhere is named
@@ -411,6 +416,22 @@ impl ModelWorker {
         Ok(())
     }
 
+    /// Gives the file of this machine that it runs a second name in the store, from where other machines copy it, and
+    /// keeps it there. False where that cannot be.
+    pub(crate) async fn share(&self) -> bool {
+        let choice = match &self.options.choice {
+            ModelChoice::Quantized { inner, .. } => inner.as_ref(),
+            choice => choice,
+        };
+        let (ModelChoice::File(path) | ModelChoice::LocalFile { path, .. }) = choice else { return false };
+        let (Some(digest), Ok(store), path) = (self.source_digest(), self.store(), path.clone()) else { return false };
+        let adopting = tokio::task::spawn_blocking({
+            let store = store.clone();
+            move || store.adopt(&path, &digest)
+        });
+        adopting.await.unwrap_or(false) && self.hold(&store, &digest).is_ok()
+    }
+
     /// What was fetched once is held to its hash as long as this worker lives.
     async fn find_first(&self, model: &FirstModel, cancel: &CancellationToken) -> Result<Found, Trouble> {
         let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
@@ -456,6 +477,20 @@ impl ModelWorker {
             ModelChoice::Source(model) => self.find_known(model, cancel).await?,
             ModelChoice::First(model) => self.find_first(model, cancel).await?,
             ModelChoice::File(path) => self.find_local(path).await?,
+            ModelChoice::LocalFile { path, digest } => match self.find_local(path).await {
+                Ok(found) if found.0 == *digest => found,
+                Ok((other, _)) => {
+                    let path = path.display();
+                    let why = format!("{path} has SHA-256 {other} now, and was registered as {digest}: add it anew");
+                    return Err(Trouble::Final(why));
+                }
+                // It has gone: perhaps the store has it, or another machine.
+                Err(_) => {
+                    let name = self.name();
+                    let model = CatalogModel { name, digest: *digest, size: None, sources: vec![] };
+                    self.find_known(&model, cancel).await?
+                }
+            },
             ModelChoice::Quantized { .. } => return Err(Trouble::Final("a model is converted once".into())),
         };
         self.status().source = Some(found.0);
