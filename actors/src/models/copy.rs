@@ -199,6 +199,7 @@ impl<'a> Swarm<'a> {
         let done = here.iter().map(|index| length(*index)).sum();
         shown.set_total(list.size);
         shown.show(done);
+        fetch.make_room(list.size, list.size - done).await?;
         let (needed, available) = (
             list.size - done,
             available_disk_space(fetch.store.dir()).map_err(SourceError::io("asking for free disk space"))?,

@@ -84,6 +84,7 @@ impl Fetch<'_> {
         let note = file.tag().map(|tag| Note { source: name.to_owned(), tag: tag.to_owned(), size });
         let mut start = note.as_ref().map_or(0, |note| self.part.resumable(note));
         let mut opened = self.open(start).await?;
+        self.make_room(size, size - start).await?;
         let (needed, available) = (
             size - start,
             available_disk_space(self.store.dir()).map_err(SourceError::io("asking for free disk space"))?,
@@ -139,6 +140,15 @@ impl Fetch<'_> {
             Ok(path)
         };
         blocking(move |_| Ok(check())).await.map_err(SourceError::io("checking the file"))?
+    }
+
+    /// Room for a file whose size was not known before: the limit of the folder holds for it as well.
+    pub(super) async fn make_room(&self, size: u64, needed: u64) -> Result<(), SourceError> {
+        if self.model.size.is_some() {
+            return Ok(());
+        }
+        let made = self.store.make_room(self.model, size, needed).await;
+        made.map_err(|error| SourceError::Refused(error.to_string()))
     }
 
     async fn open(&self, start: u64) -> Result<(std::fs::File, sha2::Sha256), SourceError> {

@@ -149,7 +149,14 @@ impl ModelWorker {
         let digest = self.status().digest.unwrap_or_default();
         let generation = self.generations.fetch_add(1, Ordering::Relaxed) + 1;
         let socket = self.options.sockets.join(format!("engine-{}-{generation}.sock", self.options.index));
-        let (child, reports) = ChildEngine::spawn(&socket, file, digest, values, &self.options)?;
+        let (child, reports) = ChildEngine::spawn(
+            &socket,
+            file,
+            digest,
+            values,
+            self.packed_limit.load(Ordering::Relaxed),
+            &self.options,
+        )?;
         tracing::info!(pid = child.pid(), generation, "engine process started");
         let (route, room) = (Route::new(socket, self.uses.clone()), values.room());
         Ok(Life { child, reports, route, generation, room, was_ready: false, report: None })

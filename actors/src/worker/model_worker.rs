@@ -2,7 +2,7 @@
 //! the [`manager`](super::manager)'s business.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -115,6 +115,8 @@ pub struct ModelWorker {
     changing: Arc<Semaphore>,
     /// Taken by whoever runs the model.
     ordered: tokio::sync::Mutex<mpsc::Receiver<Order>>,
+    /// Bytes that packed weights of this machine may have, where that was said; 0 for the usual.
+    pub(super) packed_limit: AtomicU64,
     /// Engine processes so far.
     pub(super) generations: AtomicU32,
     pub(super) uses: Arc<Uses>,
@@ -186,6 +188,7 @@ impl ModelWorker {
             orders,
             changing: Arc::new(Semaphore::new(1)),
             ordered: tokio::sync::Mutex::new(ordered),
+            packed_limit: AtomicU64::new(0),
             generations: AtomicU32::new(0),
             uses: Arc::default(),
             wanted: AtomicBool::new(false),
@@ -375,6 +378,22 @@ impl ModelWorker {
             }
         };
         self.status().digest = Some(found.0);
+        self.make_room_for_packed(found.0, &found.1).await;
         Ok(Some(found.1))
+    }
+
+    /// The weights that its engine will pack count in the limit of the model folder. Where they get no room there an
+    /// engine has a copy of its own.
+    async fn make_room_for_packed(&self, digest: ModelDigest, file: &Path) {
+        // A card has them in its own memory.
+        if cfg!(feature = "gpu") && self.options.device != DeviceKind::Cpu {
+            return;
+        }
+        let size = file.metadata().map_or(0, |file| file.len());
+        let Ok(store) = self.store() else { return };
+        match store.make_room_for_packed(digest, size).await {
+            Ok(limit) => self.packed_limit.store(limit.map_or(0, |limit| limit.max(1)), Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, "no room is made for packed weights"),
+        }
     }
 }
