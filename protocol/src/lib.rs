@@ -8,6 +8,7 @@ pub mod ids;
 pub mod liveness;
 pub mod memory;
 pub mod names;
+pub mod placement;
 pub mod prefix;
 pub mod raw_json;
 pub mod recovery;

@@ -31,6 +31,8 @@ const SHOW_EVERY: Duration = Duration::from_millis(100);
 pub(super) struct Fetch<'a> {
     pub(super) store: &'a ModelStore,
     pub(super) model: &'a CatalogModel,
+    /// The model's digest is that of its file; else whatever comes is the file.
+    pub(super) is_known: bool,
     pub(super) part: Part,
     pub(super) lock: Arc<FileLock>,
     pub(super) progress: &'a (dyn Fn(ModelState) + Send + Sync),
@@ -126,17 +128,18 @@ impl Fetch<'_> {
 
         (self.progress)(ModelState::Verifying);
         let (store, expected, part, lock) = (self.store.clone(), *digest, self.part.clone(), self.lock.clone());
+        let is_known = self.is_known;
         let check = move || {
             let _lock = lock;
             let got = finish(hasher);
-            if got != expected {
+            if is_known && got != expected {
                 let moved_to = store.corrupt_path(&expected);
                 part.move_aside(&moved_to).map_err(SourceError::io("moving the file aside"))?;
                 return Err(SourceError::Altered { got, expected, moved_to });
             }
-            let path = store.path_of(&expected);
+            let path = store.path_of(&got);
             part.publish(&sink, &path).map_err(SourceError::io("giving the file its name"))?;
-            store.remember(&path, expected);
+            store.remember(&path, got);
             Ok(path)
         };
         blocking(move |_| Ok(check())).await.map_err(SourceError::io("checking the file"))?

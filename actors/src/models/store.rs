@@ -12,7 +12,7 @@ use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::v2::ModelState;
 use tokio_util::sync::CancellationToken;
 
-use super::catalog::CatalogModel;
+use super::catalog::{CatalogModel, FirstModel};
 use super::fetch::Fetch;
 use super::hash::{DigestMemory, LocalFileError, LocalModel, local_file};
 use super::holders::{Holders, Origin};
@@ -198,6 +198,16 @@ impl ModelStore {
         local_file(&self.memory, path).await
     }
 
+    /// Gives a checked file that lies elsewhere a second name in the store, so that other machines can copy it. It takes
+    /// no room; false where that cannot be, as across file systems. Who changes the file changes the store's, which is
+    /// found out before it is used or given. Blocks.
+    pub(crate) fn adopt(&self, path: &Path, digest: &ModelDigest) -> bool {
+        match fs::hard_link(path, self.path_of(digest)) {
+            Ok(()) => true,
+            Err(error) => error.kind() == io::ErrorKind::AlreadyExists,
+        }
+    }
+
     /// The model's file: the one that is here, or else fetched from the model's sources in order. Of several nodes
     /// of a machine one fetches. Dropping the future ends it as `cancel` does; what can be gone on with is kept.
     pub async fn ensure(
@@ -240,10 +250,37 @@ impl ModelStore {
             }
             Err(error) => return Err(error.into()),
         }
-        let fetch = Fetch { store: self, model, part: Part::new(&self.dir, &model.digest), lock, progress };
+        let part = Part::new(&self.dir, &model.digest);
+        let fetch = Fetch { store: self, model, is_known: true, part, lock, progress };
         let fetched = self.fetch(fetch, failures).await;
         self.origin.set("");
         fetched
+    }
+
+    /// The file of a model whose hash nobody knows: what its source gives now, and its hash. Held to nothing but
+    /// what the source itself promises.
+    pub async fn fetch_first(
+        &self,
+        model: &FirstModel,
+        progress: &(dyn Fn(ModelState) + Send + Sync),
+        cancel: &CancellationToken,
+    ) -> Result<(ModelDigest, PathBuf), FetchError> {
+        let model = model.as_unknown();
+        let fetching = async {
+            let lock = self.lock(&model, progress).await?;
+            let part = Part::new(&self.dir, &model.digest);
+            let fetch = Fetch { store: self, model: &model, is_known: false, part, lock, progress };
+            let fetched = self.fetch(fetch, Vec::new()).await;
+            self.origin.set("");
+            fetched
+        };
+        let path = tokio::select! {
+            biased;
+            () = cancel.cancelled() => return Err(FetchError::Cancelled { model: model.name.clone() }),
+            result = Box::pin(fetching) => result?,
+        };
+        let digest = self.memory.digest_of_file(&path, || progress(ModelState::Verifying)).await;
+        Ok((digest.map_err(|error| StoreError::File { path: path.clone(), error })?, path))
     }
 
     async fn find_and_say(
@@ -321,7 +358,7 @@ impl ModelStore {
                 });
             }
         }
-        if let Some(holders) = &self.holders {
+        if let Some(holders) = self.holders.as_ref().filter(|_| fetch.is_known) {
             match fetch.copy_from(holders.as_ref()).await {
                 Ok(Some(path)) => return Ok(path),
                 Ok(None) => {}
@@ -349,6 +386,9 @@ impl ModelStore {
                     failures.push(format!("{name}: {error}"));
                 }
             }
+        }
+        if failures.is_empty() {
+            failures.push("it has no source but the machines of the cluster, and none of them gives it now".into());
         }
         Err(FetchError::NoSource { model: model.name.clone(), failures })
     }

@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ingle_protocol::ModelDigest;
 use serde::{Deserialize, Serialize};
 
 use super::parameters::GivenParameters;
 use crate::gateway::AdmissionOptions;
-use crate::models::CatalogModel;
+use crate::models::{CatalogModel, FirstModel, default_model};
+use crate::registry::PlacementRules;
 use crate::worker::EndpointOptions;
 
 /// Which model a node runs.
@@ -20,8 +22,21 @@ pub enum ModelChoice {
     File(PathBuf),
     /// A file that is known by its hash, fetched where it is missing.
     Source(CatalogModel),
+    /// A file whose hash nobody knows: what its source gives the first time is what it is from then on.
+    First(FirstModel),
     /// The deterministic engine for tests.
     Echo,
+}
+
+impl ModelChoice {
+    /// The hash of its file, where that is known beforehand.
+    pub fn digest(&self) -> Option<ModelDigest> {
+        match self {
+            Self::Default => Some(default_model().digest),
+            Self::Source(model) => Some(model.digest),
+            Self::File(_) | Self::First(_) | Self::Echo => None,
+        }
+    }
 }
 
 /// What an engine computes on.
@@ -91,6 +106,8 @@ pub struct NodeOptions {
     pub parameters: GivenParameters,
     /// Bytes of memory that all models of this node may take; `None` for as much as there is.
     pub model_memory: Option<u64>,
+    /// What this node takes of the models that are registered for any.
+    pub placement: PlacementRules,
     /// Bounds of what may wait for the workers.
     pub admission: AdmissionOptions,
     /// Servers elsewhere that answer for more models.

@@ -3,24 +3,26 @@
 use std::path::Path;
 use std::time::Duration;
 
-use ingle_protocol::ModelDigest;
 use ingle_protocol::names::{check_model, near};
 use ingle_protocol::registry::{
     Endpoint, KeepAlive, ModelType, NewModel, Origin, Record, Registry, Source as FileSource,
 };
-use ingle_protocol::wire::v2::ModelState;
+use ingle_protocol::wire::v2::{Message, ModelState, Priority, Role, Sampling, TraceContext};
+use ingle_protocol::{ModelDigest, RequestId};
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::setting::no_model;
 use super::state_dir::check_model_file;
 use super::{GivenParameters, Layers, Node, Outcome, Parameter, ParameterChanges, ParameterValue, ShownParameters};
-use crate::gateway::{DEFAULT_MODEL, OfferedModel, unknown_model};
-use crate::registry::{RegistryStatus, ShownModel, checked_parameters, options_of, registry_status, to_values};
+use crate::gateway::{ChatRequest, DEFAULT_MODEL, OfferedModel, unknown_model};
+use crate::registry::{RegistryStatus, ShownModel, View, checked_parameters, options_of, registry_status, to_values};
 use crate::worker::endpoint::{EndpointUrl, ask_once};
 
 /// How long a new endpoint may take until it is known whether it answers. It goes on by itself afterwards.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
+/// How long a model may take to be loaded that is to be the default.
+const WAKE_DEADLINE: Duration = Duration::from_secs(300);
 
 /// A model that somebody wants to register.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -59,6 +61,11 @@ pub struct ModelDetails {
     pub parameters: Option<ShownParameters>,
     /// What the registry and the nodes say of it; `None` where only this node's settings know it.
     pub model: Option<ShownModel>,
+}
+
+/// It is loaded when somebody asks for it.
+fn is_on_demand(state: &ModelState) -> bool {
+    matches!(state, ModelState::Absent | ModelState::Unloaded)
 }
 
 /// A change that this node cannot make now.
@@ -192,6 +199,11 @@ impl Node {
             if offered.is_none() {
                 self.known_model(name)?;
             }
+            if offered.is_some_and(|model| model.nodes.is_empty() && is_on_demand(&model.state)) && !force {
+                self.wake(name).await?;
+            }
+            let models = self.gateway.models();
+            let offered = models.iter().find(|model| model.name == *name);
             let state = match offered {
                 Some(offered) if !offered.nodes.is_empty() => None,
                 Some(offered) => Some(offered.state.words()),
@@ -205,6 +217,24 @@ impl Node {
             }
         }
         self.write(|registry, at| registry.set_default(name, at)).await
+    }
+
+    /// Asks a model that is known and not loaded for a token: it is loaded for that, so that nobody who asks for the
+    /// default has to wait.
+    async fn wake(&self, name: &str) -> Result<(), String> {
+        let request = ChatRequest {
+            request_id: RequestId(rand::random()),
+            trace: TraceContext::default(),
+            principal: "local".into(),
+            priority: Priority::Interactive,
+            deadline: WAKE_DEADLINE,
+            model: name.to_owned(),
+            messages: vec![Message { role: Role::User, content: "Hello".into(), extra: vec![] }],
+            sampling: Sampling { temperature: 0.0, max_tokens: Some(1), ..Sampling::default() },
+            extra: vec![],
+        };
+        let asked = Box::pin(self.chat(request)).await;
+        asked.map(drop).map_err(|error| format!("`{name}` is not loaded, and loading it failed: {error}"))
     }
 
     /// Pins a model to exactly these nodes.
@@ -222,7 +252,9 @@ impl Node {
         let default = self.gateway.models().into_iter().find(|model| model.is_default).map(|model| model.name);
         let registry = self.registry.snapshot();
         let default = registry.default_model().name().map(str::to_owned).or(default);
-        Ok(registry_status(&registry, &self.status()?, default.as_deref()))
+        let mesh = self.mesh.load_full().ok_or("this node is changing its cluster; ask again in a moment")?;
+        let view = View::of(&mesh, *self.workers.capability().borrow());
+        Ok(registry_status(&registry, &self.status()?, default.as_deref(), &view))
     }
 
     fn shown_model(&self, name: &str) -> Result<Option<ShownModel>, String> {

@@ -7,8 +7,10 @@
 mod endpoints;
 mod file;
 mod parameters;
+mod placing;
 mod shown;
 mod standin;
+mod view;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,8 +25,11 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use endpoints::{EndpointKeeper, options_of};
 pub(crate) use parameters::{checked_parameters, follow, to_values};
+pub use placing::PlacementRules;
+pub(crate) use placing::Placer;
 pub(crate) use shown::registry_status;
 pub use shown::{OnNode, Overruled, RegistryStatus, ShownEndpoint, ShownModel};
+pub(crate) use view::View;
 
 use self::file::RegistryFile;
 

@@ -18,7 +18,7 @@ use super::Workers;
 use super::forecast::Forecast;
 use super::order::{ChangeRequest, Order, Said};
 use super::route::{Route, Uses};
-use crate::models::{FileInUse, Holders, ModelStore, Origin, StoreError, default_model};
+use crate::models::{FileInUse, FirstModel, Holders, ModelStore, Origin, StoreError, default_model};
 use crate::node::{
     DeviceKind, GivenParameters, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError,
     ParameterFile, ShownParameters,
@@ -26,8 +26,10 @@ use crate::node::{
 
 /// What an echo engine is called.
 const ECHO_NAME: &str = "echo";
-/// A file that could not be fetched is tried again after this long.
-const FETCH_PAUSE: Duration = Duration::from_secs(60);
+/// A file that could not be fetched is tried again after this long, and after twice as long each time that it fails.
+const FETCH_PAUSE: Duration = Duration::from_secs(4);
+/// Up to this.
+const LONGEST_FETCH_PAUSE: Duration = Duration::from_secs(64);
 /// Changes that are handed over at a time: there is one in all.
 const ORDERS: usize = 1;
 /// How long an engine that is no longer wanted may take to end before it is killed.
@@ -135,6 +137,7 @@ pub fn model_name_of(choice: &ModelChoice) -> String {
         ModelChoice::Default => default_model().name,
         ModelChoice::File(path) => crate::models::model_name(path),
         ModelChoice::Source(model) => model.name.clone(),
+        ModelChoice::First(model) => model.name.clone(),
         ModelChoice::Echo => ECHO_NAME.to_owned(),
     }
 }
@@ -233,11 +236,24 @@ impl ModelWorker {
     /// Changes parameters and returns when they hold, or are refused and everything is as it was. Dropping this does
     /// not stop the change. One change is under way at a time.
     pub async fn set_parameters(&self, request: ChangeRequest, said: Said) -> Result<Outcome, String> {
+        if matches!(self.status().state, ModelState::Absent | ModelState::Unloaded) {
+            return self.set_unloaded(&request.changes).await;
+        }
         let (reply, replied) = oneshot::channel();
         let busy = || "another change is under way: try again when it is done".to_owned();
         let permit = self.changing.clone().try_acquire_owned().map_err(|_| busy())?;
         self.orders.try_send(Order { request, said, _permit: permit, reply }).map_err(|_| busy())?;
         replied.await.unwrap_or_else(|_| Err("the node is shutting down".into()))
+    }
+
+    /// SHA-256 of its file, once it is known.
+    pub(crate) fn digest(&self) -> Option<ModelDigest> {
+        self.status().digest
+    }
+
+    /// It answers.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.status().state == ModelState::Ready
     }
 
     /// The model's state with every change of it.
@@ -301,12 +317,17 @@ impl ModelWorker {
         // Engines that finish their answers; they end with this.
         let mut retiring = JoinSet::new();
         let running = async {
+            let mut fetch_pause = FETCH_PAUSE;
             loop {
                 let trouble = self.keep_running(&cancel, &mut orders, &mut retiring).await;
                 let (why, pause) = match trouble {
                     Trouble::Over => return,
                     Trouble::Final(why) => (why, None),
-                    Trouble::Fetching(why) => (why, Some(FETCH_PAUSE)),
+                    Trouble::Fetching(why) => {
+                        let pause = fetch_pause;
+                        fetch_pause = (pause * 2).min(LONGEST_FETCH_PAUSE);
+                        (why, Some(pause))
+                    }
                     Trouble::NoRoom(why) => {
                         *self.no_room.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                         (why, None)
@@ -350,20 +371,44 @@ impl ModelWorker {
         Ok(())
     }
 
+    /// Keeps a file in the store for as long as it runs.
+    fn hold(&self, store: &ModelStore, digest: &ModelDigest) -> Result<(), Trouble> {
+        let in_use = store.hold(digest).map_err(|error| Trouble::Fetching(error.to_string()))?;
+        *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = Some(in_use);
+        Ok(())
+    }
+
+    /// What was fetched once is held to its hash as long as this worker lives.
+    async fn find_first(&self, model: &FirstModel, cancel: &CancellationToken) -> Result<PathBuf, Trouble> {
+        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
+        let known = self.status().digest;
+        if let Some(digest) = known {
+            self.hold(&store, &digest)?;
+            let model = model.known_as(digest);
+            let path = store.ensure(&model, &|state| self.set_state(state), cancel).await;
+            return path.map_err(|error| Trouble::Fetching(error.to_string()));
+        }
+        let fetched = store.fetch_first(model, &|state| self.set_state(state), cancel).await;
+        let (digest, path) = fetched.map_err(|error| Trouble::Fetching(error.to_string()))?;
+        self.hold(&store, &digest)?;
+        self.status().digest = Some(digest);
+        Ok(path)
+    }
+
     pub(super) async fn find_file(&self, cancel: &CancellationToken) -> Result<Option<PathBuf>, Trouble> {
         let trouble = |error: StoreError| Trouble::Fetching(error.to_string());
         let catalog = match &self.options.choice {
             ModelChoice::Echo => return Ok(None),
             ModelChoice::Default => Ok(default_model()),
             ModelChoice::Source(model) => Ok(model.clone()),
+            ModelChoice::First(model) => return self.find_first(model, cancel).await.map(Some),
             ModelChoice::File(path) => Err(path),
         };
         let found = match catalog {
             Ok(model) => {
                 self.status().digest = Some(model.digest);
                 let store = self.store().map_err(trouble)?;
-                let in_use = store.hold(&model.digest).map_err(trouble)?;
-                *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = Some(in_use);
+                self.hold(&store, &model.digest)?;
                 let path = store
                     .ensure(&model, &|state| self.set_state(state), cancel)
                     .await

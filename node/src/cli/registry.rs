@@ -24,8 +24,8 @@ pub struct AddModel {
     /// The environment variable of the node that has that server's key
     #[arg(long, value_name = "VARIABLE", requires = "endpoint", conflicts_with = "source")]
     pub api_key_env: Option<String>,
-    /// Register it also where that server does not answer now
-    #[arg(long, requires = "endpoint", conflicts_with = "source")]
+    /// Register it also where its server does not answer now, and do not wait until its file is loaded somewhere
+    #[arg(long)]
     pub unchecked: bool,
     /// SHA-256 of the file; one with another is refused
     #[arg(long, value_name = "HEX")]

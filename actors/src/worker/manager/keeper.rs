@@ -321,7 +321,7 @@ impl Keeper {
         next: &mut Option<Life>,
     ) -> Result<Option<Begun>, LoadError> {
         let before = self.model.spec();
-        let is_same = before.choice == spec.choice && !life.worker.is_outdated().await;
+        let is_same = self.is_same_content(&before, &spec, &life.worker) && !life.worker.is_outdated().await;
         self.model.set_spec(spec.clone());
         let failed = matches!(life.worker.status().state, ModelState::Failed { .. });
         if is_same && !failed {
@@ -341,6 +341,12 @@ impl Keeper {
             *next = Some(other);
         }
         Ok(begun)
+    }
+
+    /// Also where what was fetched from somewhere is named by its hash now.
+    fn is_same_content(&self, before: &ModelSpec, spec: &ModelSpec, worker: &ModelWorker) -> bool {
+        let content = worker.status().digest;
+        before.choice == spec.choice || (content.is_some() && spec.choice.digest() == content)
     }
 
     /// Lets answers finish and ends the worker.

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use ingle_protocol::names::near;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -123,6 +123,8 @@ pub struct ModelManager {
     to_keep: tokio::sync::Mutex<mpsc::Receiver<Arc<Model>>>,
     ending: AtomicBool,
     room: Weak<Self>,
+    /// Counts models that come and go.
+    changed: watch::Sender<u64>,
 }
 
 /// A model that is being loaded.
@@ -174,6 +176,7 @@ impl ModelManager {
             to_keep: tokio::sync::Mutex::new(to_keep),
             ending: AtomicBool::new(false),
             room: room.clone(),
+            changed: watch::Sender::new(0),
         });
         for spec in own.into_iter().chain(specs) {
             manager.add(spec)?.worked.store(true, Ordering::Release);
@@ -287,6 +290,37 @@ impl ModelManager {
         self.keep_known().await
     }
 
+    /// How a model of this node is meant to be, if there is one of this name.
+    pub fn spec(&self, name: &str) -> Option<ModelSpec> {
+        self.models().get(name).map(|model| model.spec())
+    }
+
+    /// The models that are here because the registry has them.
+    pub fn registered(&self) -> Vec<ModelSpec> {
+        self.specs().into_iter().filter(|spec| spec.registered).collect()
+    }
+
+    /// All models of this node, loaded or not.
+    pub fn workers(&self) -> Vec<Arc<ModelWorker>> {
+        self.models().values().map(|model| model.current()).collect()
+    }
+
+    /// Changes whenever a model comes.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Whether it is pinned and how long it stays may be meant otherwise than before; what is loaded stays.
+    pub async fn amend(&self, spec: ModelSpec) -> Result<(), LoadError> {
+        let model = self.model(&spec.name)?;
+        let before = model.spec();
+        if before == spec {
+            return Ok(());
+        }
+        model.set_spec(spec);
+        self.keep_known().await
+    }
+
     /// Has a model go for another one, if nobody uses it. False where it stays.
     async fn make_way(&self, name: &str, force: bool) -> bool {
         let Ok(model) = self.model(name) else { return true };
@@ -347,6 +381,7 @@ impl ModelManager {
             }
             models.insert(name, model.clone());
         }
+        self.changed.send_modify(|count| *count += 1);
         self.workers.add(worker);
         // As many fit as there may be models.
         self.unkept.try_send(model.clone()).map_err(|_| LoadError::TooMany(MOST_MODELS))?;

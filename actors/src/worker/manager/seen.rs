@@ -62,6 +62,7 @@ fn in_words(choice: &ModelChoice) -> String {
         ModelChoice::Default => "default".into(),
         ModelChoice::Echo => "echo".into(),
         ModelChoice::File(path) => path.display().to_string(),
+        ModelChoice::First(model) => model.source.to_string(),
         ModelChoice::Source(model) => model.sources.first().map(ToString::to_string).unwrap_or_default(),
     }
 }

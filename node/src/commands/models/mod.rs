@@ -2,6 +2,7 @@
 
 mod embed;
 mod eval;
+mod first_load;
 mod load;
 mod parameters;
 mod progress;

@@ -18,11 +18,14 @@ use crate::output::{complain, print};
 
 /// A new endpoint is asked before it is registered, and waited for.
 const DEADLINE: Duration = Duration::from_secs(40);
+/// A model that is to be the default is loaded first.
+const LOAD_DEADLINE: Duration = Duration::from_secs(310);
 
 /// Asks the node.
 pub async fn ask(settings: &Settings, request: ModelsRequest) -> anyhow::Result<ModelsReply> {
+    let deadline = if matches!(request, ModelsRequest::SetDefault { .. }) { LOAD_DEADLINE } else { DEADLINE };
     let asked = Client::ask(&settings.state_dir, &Request::Models(request)).await;
-    match asked.map_err(|error| explain_error(settings, error))?.next(DEADLINE).await? {
+    match asked.map_err(|error| explain_error(settings, error))?.next(deadline).await? {
         Reply::Models(reply) => Ok(*reply),
         _ => Err(unexpected()),
     }
@@ -31,10 +34,14 @@ pub async fn ask(settings: &Settings, request: ModelsRequest) -> anyhow::Result<
 /// Registers a model.
 pub async fn add(settings: &Settings, options: AddModel) -> anyhow::Result<()> {
     let json = options.json;
+    let waits = options.source.is_some() && !options.unchecked;
     let ModelsReply::Added(added) = ask(settings, ModelsRequest::Add(registration(options)?)).await? else {
         return Err(unexpected());
     };
-    let model = added.model;
+    let mut model = added.model;
+    if waits {
+        model = super::first_load::until_settled(settings, model).await?;
+    }
     if json {
         return print(&format!("{}\n", serde_json::to_string_pretty(&model)?));
     }
@@ -114,7 +121,7 @@ pub async fn pin(settings: &Settings, options: PinModel) -> anyhow::Result<()> {
     print(&format!("`{model}` is pinned to {to}.\n"))
 }
 
-async fn status_of(settings: &Settings) -> anyhow::Result<RegistryStatus> {
+pub(super) async fn status_of(settings: &Settings) -> anyhow::Result<RegistryStatus> {
     match ask(settings, ModelsRequest::Status).await? {
         ModelsReply::Status(status) => Ok(status),
         _ => Err(unexpected()),
@@ -210,6 +217,8 @@ pub(super) fn about(model: &ShownModel) -> String {
     if !parameters.is_empty() {
         lines.push(format!("parameters  {}", parameters.join(" ")));
     }
+    let placements = model.nodes.iter().filter_map(|on| Some((&on.node, on.placement.as_ref()?)));
+    lines.extend(placements.map(|(node, placement)| format!("{node:11} {placement}")));
     lines.extend(model.changed_by.iter().map(|by| format!("changed by  {by}")));
     let lines: String = lines.iter().map(|line| format!("  {}\n", plain(line))).collect();
     format!("\n{}\n{lines}", plain(&model.name))
@@ -249,6 +258,7 @@ mod tests {
             backend: String::new(),
             running: 2,
             waiting: 0,
+            placement: Some("choice 1 of 2, 28.1 GB/s of memory".into()),
         };
         let far = ShownModel {
             name: "glm-4.7".into(),
@@ -298,6 +308,7 @@ mod tests {
             "  endpoint    http://box:8080\n  there       glm\n  key in      $FAR_KEY\n  keep-alive  forever\n",
             "`batch_size` was set to 9 by attic at the same time",
             "not registered",
+            "  tower       choice 1 of 2, 28.1 GB/s of memory\n",
         ] {
             assert!(text.contains(part), "{text}");
         }
