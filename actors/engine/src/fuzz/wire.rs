@@ -64,7 +64,7 @@ pub fn wire(data: &[u8]) {
         Hello Welcome NotWelcome Goodbye NodeFacts Request Accepted Refused Progress Token Finished Failed Pulse
         JoinRequest JoinGranted JoinRefused AuthorityKeyRequest AuthorityKey RenewalRequest Renewed AuthorityRefused
         ControlProbe DrainRequest DrainReply RegistryEntry HeldFiles ChunkListRequest ListProgress ChunkList ChunkRequest
-        ChunkFollows FileRefused;
+        ChunkFollows FileRefused Capability;
         SetParameters ParametersSet
     }
 }
