@@ -423,22 +423,6 @@ impl ModelWorker {
             }
         };
         self.status().digest = Some(found.0);
-        self.make_room_for_packed(found.0, &found.1).await;
         Ok(Some(found.1))
-    }
-
-    /// The weights that its engine will pack count in the limit of the model folder. Where they get no room there an
-    /// engine has a copy of its own.
-    async fn make_room_for_packed(&self, digest: ModelDigest, file: &Path) {
-        // A card has them in its own memory.
-        if cfg!(feature = "gpu") && self.options.device != DeviceKind::Cpu {
-            return;
-        }
-        let size = file.metadata().map_or(0, |file| file.len());
-        let Ok(store) = self.store() else { return };
-        match store.make_room_for_packed(digest, size).await {
-            Ok(limit) => self.packed_limit.store(limit.map_or(0, |limit| limit.max(1)), Ordering::Relaxed),
-            Err(error) => tracing::warn!(%error, "no room is made for packed weights"),
-        }
     }
 }
