@@ -171,3 +171,72 @@ async fn a_file_of_one_machine_is_copied_by_the_others() {
     assert_eq!((answer.node(), answer.text()), ("desk", before.as_str()));
     drop(desk);
 }
+
+#[tokio::test]
+async fn a_machine_that_is_killed_while_it_fetches_goes_on_where_it_was() {
+    let hub = Hub::start().await;
+    let mut tower = hub.machine("tower", "");
+    tower.up().await;
+    let file = content("gemma3");
+    let source = hub.put("slow.gguf", file.clone());
+    hub.set_slow(true);
+    tower.models(&["add", "--name", "slow", "--source", &source, "--unchecked"]).await;
+    tower.until_model("slow", "half of it has come", |_| hub.taken() > file.len() as u64 / 2).await;
+    let fetching = tower.model_named("slow").await;
+    assert_eq!(nodes_in(&fetching, "fetching"), ["tower"], "{fetching}");
+    tower.kill_9().await;
+    hub.set_slow(false);
+    tower.up().await;
+    tower.until_model("slow", "it is there", |model| ready(model) == ["tower"]).await;
+    let taken = hub.taken();
+    assert!(taken < file.len() as u64 * 4 / 3, "{taken} bytes of {} were taken", file.len());
+    assert_eq!(tower.ask(&ask("slow")).await.status, 200);
+
+    // How long it stays is changed while it is loaded, on all nodes.
+    tower.models(&["set", "slow", "keep_alive=1s"]).await;
+    tower.until_model("slow", "nobody asks it, so it goes", |model| nodes_in(model, "unloaded") == ["tower"]).await;
+    assert_eq!(tower.ask(&ask("slow")).await.status, 200, "and it comes when somebody does");
+}
+
+#[tokio::test]
+async fn its_weights_are_converted_where_it_is_loaded() {
+    let hub = Hub::start().await;
+    let (tower, desk, mini) = household(&hub, ["", ""]).await;
+    let source = hub.put("tiny.gguf", content("llama3"));
+    let pins = ["--pin", "tower", "--pin", "desk"];
+    mini.models(&[&["add", "--name", "tiny", "--source", &source, "quantization=q8_0"][..], &pins].concat()).await;
+    let both = |model: &Value| ready(model).len() == 2;
+    let model = mini.until_model("tiny", "both have it", both).await;
+    assert_eq!(model["parameters"]["quantization"], "q8_0", "{model}");
+    let digest_on = async |machine: &Machine| {
+        let status = machine.status().await;
+        status.node(&machine.name)["models"][0]["digest"].as_str().unwrap_or_default().to_owned()
+    };
+    let converted = digest_on(&tower).await;
+    let known = mini.until_model("tiny", "its hash is known", |model| model["sha256"].is_string()).await;
+    assert_ne!(known["sha256"], converted, "the hash is that of the source");
+    assert_eq!(digest_on(&desk).await, converted, "a conversion gives the same file on all machines");
+
+    // Back to what the file has, while it is asked: no request fails.
+    let done = Arc::new(AtomicBool::new(false));
+    let asking = {
+        let (url, done) = (mini.url("/v1/chat/completions"), done.clone());
+        tokio::spawn(async move {
+            let client = client();
+            while !done.load(Ordering::Relaxed) {
+                let answer = client.post(&url).json(&ask("tiny")).send().await.unwrap();
+                assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap());
+            }
+        })
+    };
+    mini.models(&["set", "tiny", "quantization=default"]).await;
+    let original = known["sha256"].as_str().unwrap().to_owned();
+    for machine in [&tower, &desk] {
+        until("it has the source's weights", async || (digest_on(machine).await == original).then_some(())).await;
+    }
+    mini.until_model("tiny", "both are ready", both).await;
+    done.store(true, Ordering::Relaxed);
+    asking.await.unwrap();
+    let refused = mini.ingle(&["models", "set", "tiny", "quantization=q1"]).await.fails_with(1);
+    assert!(refused.contains("there is no format") && refused.contains("q8_0"), "{refused}");
+}

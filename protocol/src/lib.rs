@@ -16,4 +16,4 @@ pub mod registry;
 pub mod routing;
 pub mod wire;
 
-pub use ids::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};
+pub use ids::{ClusterId, EngineId, ModelDigest, NodeId, RequestId, to_hex};

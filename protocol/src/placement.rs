@@ -16,6 +16,8 @@ pub const STAGGER: Duration = Duration::from_secs(3);
 pub const AFTER_FAILURE: Duration = Duration::from_secs(90);
 /// How much longer all copies of a model must have been busy than not until there is another one.
 pub const BUSY_FOR: Duration = Duration::from_secs(10);
+/// Time between two looks that counts at most.
+const MOST_UNSEEN: Duration = Duration::from_secs(2);
 /// Two machines whose speeds differ by less than this factor are as good as each other.
 const NEAR: f64 = 1.2;
 
@@ -104,7 +106,10 @@ pub enum Reason {
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Since {
+    /// Since when nobody could answer, or load it for who asks.
     nowhere: Option<Duration>,
+    /// Since when somebody fails to load it: trying again in between does not count.
+    failed: Option<Duration>,
     /// Time in which all copies were busy less that in which they were not, never below zero.
     busy: Duration,
     /// When that was last counted.
@@ -135,19 +140,28 @@ impl Placement {
         now: Duration,
     ) -> Option<Reason> {
         let any = |copies: &[Copy]| candidates.iter().any(|one| copies.contains(&one.copy));
-        let is_nowhere = !any(&[Copy::There, Copy::Coming, Copy::Ready, Copy::Busy]);
+        let is_somewhere = any(&[Copy::There, Copy::Ready, Copy::Busy]);
+        let is_coming = any(&[Copy::Coming]);
         let is_busy = any(&[Copy::Busy]) && !any(&[Copy::Ready, Copy::Coming]);
         let since = self.since.entry(model.to_owned()).or_default();
-        since.nowhere = is_nowhere.then(|| since.nowhere.unwrap_or(now));
-        let passed = now.saturating_sub(since.counted.replace(now).unwrap_or(now));
+        if is_somewhere {
+            (since.nowhere, since.failed) = (None, None);
+        } else if !is_coming {
+            since.nowhere.get_or_insert(now);
+        }
+        if any(&[Copy::Failed]) && !is_somewhere {
+            since.failed.get_or_insert(now);
+        }
+        // Where nobody has looked for a while, nobody knows how it was.
+        let passed = now.saturating_sub(since.counted.replace(now).unwrap_or(now)).min(MOST_UNSEEN);
         since.busy = match is_busy {
             true => (since.busy + passed).min(BUSY_FOR * 2),
             false => since.busy.saturating_sub(passed),
         };
         let (from, order, reason) = match *since {
-            Since { nowhere: Some(from), .. } => {
-                let wait = if any(&[Copy::Failed]) { AFTER_FAILURE } else { Duration::ZERO };
-                (from + wait, order(candidates, bytes), Reason::Nowhere)
+            Since { nowhere: Some(from), failed, .. } if !is_coming => {
+                let from = failed.map_or(from, |failed| failed + AFTER_FAILURE);
+                (from, order(candidates, bytes), Reason::Nowhere)
             }
             Since { busy, .. } if more && is_busy && busy >= BUSY_FOR => {
                 let mut order = order(candidates, bytes);
@@ -236,10 +250,14 @@ mod tests {
             placement.judge("m", &there, None, node(1), true, now)
         };
         assert_eq!(judge(Copy::Failed, s(0)), None);
+        // It tries again and again.
+        assert_eq!(judge(Copy::Coming, s(30)), None);
         assert_eq!(judge(Copy::Failed, AFTER_FAILURE - s(1)), None);
+        assert_eq!(judge(Copy::Coming, AFTER_FAILURE), None);
         assert_eq!(judge(Copy::Failed, AFTER_FAILURE), Some(Reason::Nowhere));
-        assert_eq!(judge(Copy::NoRoom, AFTER_FAILURE), Some(Reason::Nowhere));
         assert_eq!(judge(Copy::Ready, AFTER_FAILURE), None);
+        assert_eq!(judge(Copy::Failed, AFTER_FAILURE + s(1)), None, "it was well in between");
+        assert_eq!(judge(Copy::Ready, AFTER_FAILURE + s(2)), None);
         assert_eq!(judge(Copy::NoRoom, s(900)), Some(Reason::Nowhere), "who has no room is not waited for");
     }
 
@@ -248,21 +266,27 @@ mod tests {
         let mut placement = Placement::default();
         let busy = Candidate { copy: Copy::Busy, work: 9, ..candidate(2, 60) };
         let worker = Candidate { work: 1, ..candidate(3, 50) };
-        let mut judge = |there: &[Candidate], more, now| placement.judge("m", there, None, node(1), more, now);
-        let there = [candidate(1, 20), busy, worker];
-        assert_eq!(judge(&there, true, s(0)), None);
-        assert_eq!(judge(&there, true, BUSY_FOR - s(1)), None);
         let breathes = Candidate { copy: Copy::Ready, ..busy };
-        assert_eq!(judge(&[there[0], breathes, worker], true, BUSY_FOR - s(1)), None);
-        assert_eq!(judge(&there, false, BUSY_FOR), None, "switched off");
-        assert_eq!(judge(&there, true, BUSY_FOR), Some(Reason::Busy));
-        assert_eq!(judge(&[Candidate { work: 1, ..there[0] }, busy], true, BUSY_FOR), None, "it does something");
-        let coming = Candidate { copy: Copy::Coming, ..worker };
-        assert_eq!(judge(&[there[0], busy, coming], true, BUSY_FOR), None, "another one is coming");
+        let there = [candidate(1, 20), busy, worker];
         let rests = [there[0], breathes, worker];
-        assert_eq!(judge(&rests, true, BUSY_FOR + s(3)), None);
-        assert_eq!(judge(&there, true, BUSY_FOR + s(5)), None, "it was not busy enough of the time");
-        assert_eq!(judge(&there, true, BUSY_FOR + s(6)), Some(Reason::Busy));
+        let mut judge = |there: &[Candidate], more, now| placement.judge("m", there, None, node(1), more, now);
+        for second in 0..10 {
+            assert_eq!(judge(&there, true, s(second)), None);
+        }
+        assert_eq!(judge(&there, false, s(10)), None, "switched off");
+        assert_eq!(judge(&there, true, s(10)), Some(Reason::Busy));
+        assert_eq!(judge(&[Candidate { work: 1, ..there[0] }, busy], true, s(10)), None, "it does something");
+        let coming = Candidate { copy: Copy::Coming, ..worker };
+        assert_eq!(judge(&[there[0], busy, coming], true, s(10)), None, "another one is coming");
+        assert_eq!(judge(&rests, true, s(12)), None);
+        assert_eq!(judge(&there, true, s(13)), None, "it was not busy enough of the time");
+        assert_eq!(judge(&there, true, s(14)), Some(Reason::Busy));
+        // Nobody has looked for long.
+        assert_eq!(judge(&rests, true, s(16)), None);
+        assert_eq!(judge(&there, true, s(900)), Some(Reason::Busy), "two seconds of it count");
+        assert_eq!(judge(&rests, true, s(902)), None);
+        assert_eq!(judge(&rests, true, s(904)), None);
+        assert_eq!(judge(&there, true, s(2_000)), None);
     }
 
     fn any_candidate() -> impl Strategy<Value = Candidate> {

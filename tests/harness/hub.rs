@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::AbortHandle;
 
-use super::Machine;
+use super::{Machine, PAUSE};
+
+/// Bytes that a slow hub gives at a time.
+const SLOW: usize = 16 << 10;
 
 /// The small random-weight model of this family, of the engine's own tests.
 pub fn tiny(family: &str) -> PathBuf {
@@ -21,6 +24,7 @@ pub fn tiny(family: &str) -> PathBuf {
 struct Shelf {
     files: Mutex<BTreeMap<String, Vec<u8>>>,
     taken: AtomicU64,
+    slow: AtomicBool,
 }
 
 /// The hub. It ends when it is dropped.
@@ -58,6 +62,11 @@ impl Hub {
     pub fn put(&self, name: &str, content: Vec<u8>) -> String {
         self.shelf.files.lock().unwrap().insert(format!("/owner/models/resolve/main/{name}"), content);
         format!("hf:owner/models/{name}")
+    }
+
+    /// It gives [`SLOW`] in a tenth of a second from now on, or as fast as it can.
+    pub fn set_slow(&self, slow: bool) {
+        self.shelf.slow.store(slow, Ordering::SeqCst);
     }
 
     /// Bytes of files that were taken from here, all together.
@@ -106,10 +115,17 @@ async fn serve(mut stream: TcpStream, shelf: Arc<Shelf>) {
             content.len(),
             content.len()
         );
-        shelf.taken.fetch_add((last + 1 - first) as u64, Ordering::SeqCst);
-        if stream.write_all(answer.as_bytes()).await.is_err() || stream.write_all(&content[first..=last]).await.is_err()
-        {
+        if stream.write_all(answer.as_bytes()).await.is_err() {
             return;
+        }
+        for piece in content[first..=last].chunks(SLOW) {
+            if stream.write_all(piece).await.is_err() {
+                return;
+            }
+            shelf.taken.fetch_add(piece.len() as u64, Ordering::SeqCst);
+            if shelf.slow.load(Ordering::SeqCst) {
+                tokio::time::sleep(PAUSE).await;
+            }
         }
     }
 }

@@ -94,6 +94,7 @@ impl Fetch<'_> {
         let (mut liars, mut failures) = (HashSet::new(), Vec::new());
         for _ in 0..MOST_LISTS {
             let Some((list, givers)) = self.agreed_list(holders, &mut liars, &mut failures).await else { break };
+            self.make_room(list.size).await?;
             let mut swarm = Swarm::begin(self, &shown, holders, list, givers, &liars).await?;
             let finished = swarm.run().await;
             let members: Vec<NodeId> = swarm.givers.keys().copied().collect();
@@ -199,7 +200,6 @@ impl<'a> Swarm<'a> {
         let done = here.iter().map(|index| length(*index)).sum();
         shown.set_total(list.size);
         shown.show(done);
-        fetch.make_room(list.size, list.size - done).await?;
         let (needed, available) = (
             list.size - done,
             available_disk_space(fetch.store.dir()).map_err(SourceError::io("asking for free disk space"))?,

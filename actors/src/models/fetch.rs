@@ -82,11 +82,11 @@ impl Fetch<'_> {
             return Err(SourceError::WrongSize { got: size, expected });
         }
         shown.set_total(size);
+        self.make_room(size).await?;
 
         let note = file.tag().map(|tag| Note { source: name.to_owned(), tag: tag.to_owned(), size });
         let mut start = note.as_ref().map_or(0, |note| self.part.resumable(note));
         let mut opened = self.open(start).await?;
-        self.make_room(size, size - start).await?;
         let (needed, available) = (
             size - start,
             available_disk_space(self.store.dir()).map_err(SourceError::io("asking for free disk space"))?,
@@ -137,6 +137,14 @@ impl Fetch<'_> {
                 part.move_aside(&moved_to).map_err(SourceError::io("moving the file aside"))?;
                 return Err(SourceError::Altered { got, expected, moved_to });
             }
+            if !is_known {
+                // A page that says why there is no file is none.
+                if let Err(error) = ingle_engine::inspect(&part.path) {
+                    let _ = part.remove();
+                    return Err(SourceError::Refused(format!("what it gave is no model: {error}")));
+                }
+                store.note_first(&expected, &got);
+            }
             let path = store.path_of(&got);
             part.publish(&sink, &path).map_err(SourceError::io("giving the file its name"))?;
             store.remember(&path, got);
@@ -145,11 +153,12 @@ impl Fetch<'_> {
         blocking(move |_| Ok(check())).await.map_err(SourceError::io("checking the file"))?
     }
 
-    /// Room for a file whose size was not known before: the limit of the folder holds for it as well.
-    pub(super) async fn make_room(&self, size: u64, needed: u64) -> Result<(), SourceError> {
+    /// Room for a file of which nobody knew how large it is.
+    pub(super) async fn make_room(&self, size: u64) -> Result<(), SourceError> {
         if self.model.size.is_some() {
             return Ok(());
         }
+        let needed = size.saturating_sub(self.part.len());
         let made = self.store.make_room(self.model, size, needed).await;
         made.map_err(|error| SourceError::Refused(error.to_string()))
     }

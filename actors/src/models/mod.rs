@@ -18,6 +18,7 @@ mod lookup;
 mod part;
 mod pypi;
 mod registered;
+mod requantize;
 mod source;
 mod store;
 #[cfg(test)]

@@ -19,10 +19,13 @@ use super::holders::{Holders, Origin};
 use super::part::Part;
 use super::pypi::Usage;
 use super::source::{SourceError, SourceSettings};
-use crate::platform::{FileLock, LockError, available_disk_space, is_writable_by_others};
+use crate::platform::{FileLock, LockError, available_disk_space, is_writable_by_others, write_atomically};
 
 /// How often a node looks whether another one has fetched the file. (Waiting in the lock could not be cancelled.)
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// How long what a source gave is taken for what it has, where nobody has said the hash.
+const FIRST_NOTE_HOLDS: Duration = Duration::from_secs(3_600);
 
 /// Where the model files of this user are, where nobody says otherwise.
 pub fn default_dir() -> Option<PathBuf> {
@@ -115,6 +118,14 @@ pub enum FetchError {
         /// The store's folder.
         dir: PathBuf,
     },
+    /// It cannot be had in the format that it is to have.
+    #[error("The model {model} cannot be converted: {why}")]
+    Conversion {
+        /// The model.
+        model: String,
+        /// Why.
+        why: String,
+    },
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -202,7 +213,9 @@ impl ModelStore {
     /// no room; false where that cannot be, as across file systems. Who changes the file changes the store's, which is
     /// found out before it is used or given. Blocks.
     pub(crate) fn adopt(&self, path: &Path, digest: &ModelDigest) -> bool {
-        match fs::hard_link(path, self.path_of(digest)) {
+        // The file itself, not a link to it.
+        let linked = fs::canonicalize(path).and_then(|path| fs::hard_link(path, self.path_of(digest)));
+        match linked {
             Ok(()) => true,
             Err(error) => error.kind() == io::ErrorKind::AlreadyExists,
         }
@@ -268,6 +281,11 @@ impl ModelStore {
         let model = model.as_unknown();
         let fetching = async {
             let lock = self.lock(&model, progress).await?;
+            if let Some(digest) = self.fetched_lately(&model.digest)
+                && let Ok(Some(path)) = self.find(&digest).await
+            {
+                return Ok(path);
+            }
             let part = Part::new(&self.dir, &model.digest);
             let fetch = Fetch { store: self, model: &model, is_known: false, part, lock, progress };
             let fetched = self.fetch(fetch, Vec::new()).await;
@@ -281,6 +299,26 @@ impl ModelStore {
         };
         let digest = self.memory.digest_of_file(&path, || progress(ModelState::Verifying)).await;
         Ok((digest.map_err(|error| StoreError::File { path: path.clone(), error })?, path))
+    }
+
+    /// Where it is noted what a source gave that nobody knew the hash of.
+    fn first_note(&self, work: &ModelDigest) -> PathBuf {
+        self.dir.join(format!("{work}.first"))
+    }
+
+    pub(super) fn note_first(&self, work: &ModelDigest, got: &ModelDigest) {
+        if let Err(error) = write_atomically(&self.first_note(work), got.to_string().as_bytes(), 0o644) {
+            tracing::debug!(%error, "what a source gave is not noted");
+        }
+    }
+
+    /// What the source gave a moment ago: to another node of the machine, or before a kill -9. Later it may have
+    /// something else.
+    fn fetched_lately(&self, work: &ModelDigest) -> Option<ModelDigest> {
+        let note = self.first_note(work);
+        let age = fs::metadata(&note).ok()?.modified().ok()?.elapsed().ok()?;
+        let text = (age < FIRST_NOTE_HOLDS).then(|| fs::read_to_string(&note).ok()).flatten()?;
+        text.trim().parse().ok()
     }
 
     async fn find_and_say(
@@ -298,7 +336,7 @@ impl ModelStore {
     }
 
     /// Waits until no other node of this machine fetches the model, and shows how far it is meanwhile.
-    async fn lock(
+    pub(super) async fn lock(
         &self,
         model: &CatalogModel,
         progress: &(dyn Fn(ModelState) + Send + Sync),

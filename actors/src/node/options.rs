@@ -20,10 +20,24 @@ pub enum ModelChoice {
     Default,
     /// A GGUF file, taken as it is.
     File(PathBuf),
+    /// A file of this machine that has this hash, taken as it is; where it is gone, the same content from elsewhere.
+    LocalFile {
+        /// Where it is.
+        path: PathBuf,
+        /// Its content.
+        digest: ModelDigest,
+    },
     /// A file that is known by its hash, fetched where it is missing.
     Source(CatalogModel),
     /// A file whose hash nobody knows: what its source gives the first time is what it is from then on.
     First(FirstModel),
+    /// Another one, its weights in this format.
+    Quantized {
+        /// The file that it is made from.
+        inner: Box<ModelChoice>,
+        /// The format, as `ingle models quantize --to` takes it.
+        to: String,
+    },
     /// The deterministic engine for tests.
     Echo,
 }
@@ -34,7 +48,8 @@ impl ModelChoice {
         match self {
             Self::Default => Some(default_model().digest),
             Self::Source(model) => Some(model.digest),
-            Self::File(_) | Self::First(_) | Self::Echo => None,
+            Self::LocalFile { digest, .. } => Some(*digest),
+            Self::File(_) | Self::First(_) | Self::Quantized { .. } | Self::Echo => None,
         }
     }
 }

@@ -42,6 +42,9 @@ const STORE_AGAIN: Duration = Duration::from_secs(5);
 /// cannot answer as far as this node knows: news of the choice may come before news of the model.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
+/// A registered model's parameter that is none of an engine: the format that its weights are converted to.
+pub(crate) const QUANTIZATION: &str = "quantization";
+
 /// The entry of the default model among the others: no model can be called that.
 const DEFAULT_ENTRY: &str = "default";
 

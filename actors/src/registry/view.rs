@@ -79,7 +79,19 @@ impl View {
 
     /// All machines, with how they have the model.
     pub fn candidates(&self, record: &Record) -> Vec<Candidate> {
-        self.machines.iter().map(|machine| machine.candidate(record)).collect()
+        let is_file = record.source().is_some_and(|source| source.starts_with("file:"));
+        let given = record.sha256().is_some_and(|digest| self.machines.iter().any(|one| one.files.contains(&digest)));
+        let candidate = |machine: &Machine| {
+            let mut candidate = machine.candidate(record);
+            if is_file {
+                // The machine where it was registered has it; others can copy it where somebody gives it.
+                let is_its = record.origin_writer() == Some(machine.node);
+                candidate.has_file |= is_its;
+                candidate.takes &= is_its || given;
+            }
+            candidate
+        };
+        self.machines.iter().map(candidate).collect()
     }
 
     /// Which choice the node of this name is for the model, and by what; `None` for one that is not there.
@@ -118,7 +130,10 @@ impl Machine {
     fn candidate(&self, record: &Record) -> Candidate {
         let could = self.capability.unwrap_or_default();
         let loads = self.pulses.iter().map(|pulse| pulse.load);
+        // A machine that is being drained loads nothing for anybody.
+        let is_draining = !could.takes_models && self.models.iter().any(|facts| facts.state == ModelState::Draining);
         let copies = self.models.iter().filter(|facts| facts.name == record.name()).map(|facts| self.copy(facts));
+        let copies = copies.filter(|copy| !(is_draining && *copy == Copy::There));
         Candidate {
             node: self.node,
             bandwidth: could.memory_bandwidth,

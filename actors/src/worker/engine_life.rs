@@ -156,7 +156,7 @@ impl ModelWorker {
             return;
         }
         let size = file.metadata().map_or(0, |file| file.len());
-        let digest = self.digest().unwrap_or_default();
+        let digest = self.status().digest.unwrap_or_default();
         let Ok(store) = self.store() else { return };
         match store.make_room_for_packed(digest, size).await {
             Ok(limit) => self.packed_limit.store(limit.map_or(0, |limit| limit.max(1)), Ordering::Relaxed),

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
+use ingle_engine::quantize::Target;
 use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::v2::{EngineReport, ModelState};
 use sha2::{Digest, Sha256};
@@ -18,7 +19,9 @@ use super::Workers;
 use super::forecast::Forecast;
 use super::order::{ChangeRequest, Order, Said};
 use super::route::{Route, Uses};
-use crate::models::{FileInUse, FirstModel, Holders, ModelStore, Origin, StoreError, default_model};
+use crate::models::{
+    CatalogModel, FetchError, FileInUse, FirstModel, Holders, ModelStore, Origin, StoreError, default_model,
+};
 use crate::node::{
     DeviceKind, GivenParameters, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError,
     ParameterFile, ShownParameters,
@@ -83,6 +86,8 @@ pub struct WorkerOptions {
 pub(super) struct Status {
     pub name: String,
     pub digest: Option<ModelDigest>,
+    /// The file that it comes from: another one where it was converted.
+    pub source: Option<ModelDigest>,
     pub state: ModelState,
     pub generation: u32,
     pub route: Option<Arc<Route>>,
@@ -135,9 +140,10 @@ pub struct ModelWorker {
 pub fn model_name_of(choice: &ModelChoice) -> String {
     match choice {
         ModelChoice::Default => default_model().name,
-        ModelChoice::File(path) => crate::models::model_name(path),
+        ModelChoice::File(path) | ModelChoice::LocalFile { path, .. } => crate::models::model_name(path),
         ModelChoice::Source(model) => model.name.clone(),
         ModelChoice::First(model) => model.name.clone(),
+        ModelChoice::Quantized { inner, to } => format!("{}-{to}", model_name_of(inner)),
         ModelChoice::Echo => ECHO_NAME.to_owned(),
     }
 }
@@ -166,6 +172,7 @@ impl ModelWorker {
         let status = Status {
             name: options.name.clone(),
             digest: matches!(options.choice, ModelChoice::Echo).then(|| digest_of_echo(&options.name)),
+            source: None,
             state: ModelState::Absent,
             generation: 0,
             route: None,
@@ -246,9 +253,29 @@ impl ModelWorker {
         replied.await.unwrap_or_else(|_| Err("the node is shutting down".into()))
     }
 
-    /// SHA-256 of its file, once it is known.
-    pub(crate) fn digest(&self) -> Option<ModelDigest> {
-        self.status().digest
+    /// SHA-256 of the file that it comes from, once it is known.
+    pub(crate) fn source_digest(&self) -> Option<ModelDigest> {
+        self.status().source
+    }
+
+    /// What it was made for.
+    pub(crate) fn choice(&self) -> &ModelChoice {
+        &self.options.choice
+    }
+
+    /// It has what `wanted` says, where it was meant to be `before`: also where what was fetched from somewhere is named
+    /// by its hash now.
+    pub(crate) fn is_what(&self, before: &ModelChoice, wanted: &ModelChoice) -> bool {
+        let source = self.source_digest();
+        let is_source = |choice: &ModelChoice| source.is_some() && choice.digest() == source;
+        match (before, wanted) {
+            (before, wanted) if before == wanted => true,
+            (ModelChoice::Quantized { to: was, .. }, ModelChoice::Quantized { inner, to }) => {
+                was == to && is_source(inner)
+            }
+            (ModelChoice::Quantized { .. }, _) | (_, ModelChoice::Quantized { .. }) => false,
+            (_, wanted) => is_source(wanted),
+        }
     }
 
     /// It answers.
@@ -378,51 +405,109 @@ impl ModelWorker {
         Ok(())
     }
 
-    /// What was fetched once is held to its hash as long as this worker lives.
-    async fn find_first(&self, model: &FirstModel, cancel: &CancellationToken) -> Result<PathBuf, Trouble> {
-        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
-        let known = self.status().digest;
-        if let Some(digest) = known {
-            self.hold(&store, &digest)?;
-            let model = model.known_as(digest);
-            let path = store.ensure(&model, &|state| self.set_state(state), cancel).await;
-            return path.map_err(|error| Trouble::Fetching(error.to_string()));
-        }
-        let fetched = store.fetch_first(model, &|state| self.set_state(state), cancel).await;
-        let (digest, path) = fetched.map_err(|error| Trouble::Fetching(error.to_string()))?;
-        self.hold(&store, &digest)?;
-        self.status().digest = Some(digest);
-        Ok(path)
+    /// Gives the file of this machine that it runs a second name in the store, from where other machines copy it, and
+    /// keeps it there. False where that cannot be.
+    pub(crate) async fn share(&self) -> bool {
+        let choice = match &self.options.choice {
+            ModelChoice::Quantized { inner, .. } => inner.as_ref(),
+            choice => choice,
+        };
+        let (ModelChoice::File(path) | ModelChoice::LocalFile { path, .. }) = choice else { return false };
+        let (Some(digest), Ok(store), path) = (self.source_digest(), self.store(), path.clone()) else { return false };
+        let adopting = tokio::task::spawn_blocking({
+            let store = store.clone();
+            move || store.adopt(&path, &digest)
+        });
+        adopting.await.unwrap_or(false) && self.hold(&store, &digest).is_ok()
     }
 
+    /// What was fetched once is held to its hash as long as this worker lives.
+    async fn find_first(&self, model: &FirstModel, cancel: &CancellationToken) -> Result<Found, Trouble> {
+        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
+        let known = self.status().source;
+        if let Some(digest) = known {
+            return self.find_known(&model.known_as(digest), cancel).await;
+        }
+        let fetched = store.fetch_first(model, &|state| self.set_state(state), cancel).await;
+        let found = fetched.map_err(|error| Trouble::Fetching(error.to_string()))?;
+        self.hold(&store, &found.0)?;
+        Ok(found)
+    }
+
+    async fn find_known(&self, model: &CatalogModel, cancel: &CancellationToken) -> Result<Found, Trouble> {
+        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
+        self.hold(&store, &model.digest)?;
+        let path = store.ensure(model, &|state| self.set_state(state), cancel).await;
+        Ok((model.digest, path.map_err(|error| Trouble::Fetching(error.to_string()))?))
+    }
+
+    async fn find_local(&self, path: &Path) -> Result<Found, Trouble> {
+        self.set_state(ModelState::Verifying);
+        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
+        let file = store.local_file(path).await.map_err(|error| Trouble::Final(error.to_string()))?;
+        Ok((file.digest, file.path))
+    }
+
+    /// The model's file; `None` for echo.
     pub(super) async fn find_file(&self, cancel: &CancellationToken) -> Result<Option<PathBuf>, Trouble> {
-        let trouble = |error: StoreError| Trouble::Fetching(error.to_string());
-        let catalog = match &self.options.choice {
+        let (choice, to) = match &self.options.choice {
+            ModelChoice::Quantized { inner, to } => (inner.as_ref(), Some(to)),
+            choice => (choice, None),
+        };
+        if to.is_none()
+            && let Some(digest) = choice.digest()
+        {
+            // Known before it is here.
+            self.status().digest = Some(digest);
+        }
+        let found = match choice {
             ModelChoice::Echo => return Ok(None),
-            ModelChoice::Default => Ok(default_model()),
-            ModelChoice::Source(model) => Ok(model.clone()),
-            ModelChoice::First(model) => return self.find_first(model, cancel).await.map(Some),
-            ModelChoice::File(path) => Err(path),
+            ModelChoice::Default => self.find_known(&default_model(), cancel).await?,
+            ModelChoice::Source(model) => self.find_known(model, cancel).await?,
+            ModelChoice::First(model) => self.find_first(model, cancel).await?,
+            ModelChoice::File(path) => self.find_local(path).await?,
+            ModelChoice::LocalFile { path, digest } => match self.find_local(path).await {
+                Ok(found) if found.0 == *digest => found,
+                Ok((other, _)) => {
+                    let path = path.display();
+                    let why = format!("{path} has SHA-256 {other} now, and was registered as {digest}: add it anew");
+                    return Err(Trouble::Final(why));
+                }
+                // It has gone: perhaps the store has it, or another machine.
+                Err(_) => {
+                    let name = self.name();
+                    let model = CatalogModel { name, digest: *digest, size: None, sources: vec![] };
+                    self.find_known(&model, cancel).await?
+                }
+            },
+            ModelChoice::Quantized { .. } => return Err(Trouble::Final("a model is converted once".into())),
         };
-        let found = match catalog {
-            Ok(model) => {
-                self.status().digest = Some(model.digest);
-                let store = self.store().map_err(trouble)?;
-                self.hold(&store, &model.digest)?;
-                let path = store
-                    .ensure(&model, &|state| self.set_state(state), cancel)
-                    .await
-                    .map_err(|error| Trouble::Fetching(error.to_string()))?;
-                (model.digest, path)
-            }
-            Err(path) => {
-                self.set_state(ModelState::Verifying);
-                let store = self.store().map_err(trouble)?;
-                let file = store.local_file(path).await.map_err(|error| Trouble::Final(error.to_string()))?;
-                (file.digest, file.path)
-            }
+        self.status().source = Some(found.0);
+        let (digest, path) = match to {
+            None => found,
+            Some(to) => self.converted(found, to, cancel).await?,
         };
-        self.status().digest = Some(found.0);
-        Ok(Some(found.1))
+        self.status().digest = Some(digest);
+        Ok(Some(path))
+    }
+
+    /// The file in another format.
+    async fn converted(&self, found: Found, to: &str, cancel: &CancellationToken) -> Result<Found, Trouble> {
+        let to: Target = to.parse().map_err(Trouble::Final)?;
+        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
+        self.set_state(ModelState::Loading);
+        let name = self.name();
+        let converting = Box::pin(store.in_format(&name, found.0, &found.1, to));
+        let Some(converted) = cancel.run_until_cancelled(converting).await else { return Err(Trouble::Over) };
+        let converted = converted.map_err(|error| match error {
+            FetchError::Conversion { .. } => Trouble::Final(error.to_string()),
+            error => Trouble::Fetching(error.to_string()),
+        })?;
+        // The file that it was made from may go now.
+        self.hold(&store, &converted.0)?;
+        Ok(converted)
     }
 }
+
+/// A file with the hash of its content.
+type Found = (ModelDigest, PathBuf);

@@ -36,7 +36,7 @@ pub struct AddModel {
     /// How long it stays loaded when nobody asks it, as in 30m, or `forever`
     #[arg(long, value_name = "TIME")]
     pub keep_alive: Option<String>,
-    /// Parameters, as `ingle models set` takes them; an endpoint has batch_size only: how many answers it writes at once
+    /// Parameters, as `ingle models set` takes them, quantization included; an endpoint has batch_size only: how many answers it writes at once
     #[arg(value_name = "KEY=VALUE")]
     pub values: Vec<String>,
     /// Print JSON

@@ -271,22 +271,20 @@ impl ModelManager {
     /// Lets a model go: its answers finish within `limit`, or move. Returns when its process has ended. It stays known:
     /// a request for it loads it again.
     pub async fn unload(&self, name: &str, limit: Duration) -> Result<(), LoadError> {
+        self.order_unload(name, limit, false).await
+    }
+
+    async fn order_unload(&self, name: &str, limit: Duration, forget: bool) -> Result<(), LoadError> {
         let model = self.model(name)?;
         let busy = || LoadError::Busy(name.to_owned());
         let (gone, went) = oneshot::channel();
-        model.orders.try_send(Order::Unload { limit, gone }).map_err(|_| busy())?;
+        model.orders.try_send(Order::Unload { limit, forget, gone }).map_err(|_| busy())?;
         timeout(limit + UNLOAD_MARGIN, went).await.map_err(|_| busy())?.map_err(|_| LoadError::Ending)
     }
 
     /// Unloads a model and knows it no more. Not the configuration's.
     pub async fn forget(&self, name: &str, limit: Duration) -> Result<(), LoadError> {
-        self.unload(name, limit).await?;
-        if self.own.as_deref() != Some(name)
-            && let Some(model) = self.models().remove(name)
-        {
-            // Its keeper ends with the last sender.
-            self.remove_worker(model.current());
-        }
+        self.order_unload(name, limit, self.own.as_deref() != Some(name)).await?;
         self.keep_known().await
     }
 
@@ -425,6 +423,23 @@ impl ModelManager {
             ModelWorker::new(options, self.workers.clone()).map_err(|error| LoadError::Kept(error.to_string()))?;
         engines.push((spec.name.clone(), Arc::downgrade(&worker)));
         Ok(worker)
+    }
+
+    /// Who keeps the model ends; nobody finds it any more.
+    fn drop_model(&self, model: &Arc<Model>) {
+        let mut models = self.models();
+        if models.get(&model.name).is_some_and(|known| Arc::ptr_eq(known, model)) {
+            models.remove(&model.name);
+        }
+        drop(models);
+        self.remove_worker(model.current());
+    }
+
+    /// Writes down how models are meant to be, where that has changed by itself.
+    async fn remember_specs(&self) {
+        if let Err(error) = self.keep_known().await {
+            tracing::error!(%error, "what is known of models is not written down");
+        }
     }
 
     fn remove_worker(&self, worker: Arc<ModelWorker>) {

@@ -71,10 +71,14 @@ pub async fn until_settled(settings: &Settings, registered: ShownModel) -> anyho
                     let why = format!("no machine has room for it:\n  {}", refusals.join("\n  "));
                     return Err(take_back(settings, &name, &why).await);
                 }
-                complain(&format!(
-                    "notice: `{name}` is registered, and no machine loads it by itself: load it with `ingle models \
-                     pin {name} NODE`, or let machines take models ([placement] in their configuration)"
-                ));
+                let how = match model.pinned.as_slice() {
+                    [] => format!(
+                        "no machine loads it by itself: load it with `ingle models pin {name} NODE`, or let machines \
+                         take models ([placement] in their configuration)"
+                    ),
+                    pinned => format!("{} has not begun to load it: is it there?", pinned.join(", ")),
+                };
+                complain(&format!("notice: `{name}` is registered, and {how}"));
                 return Ok(model);
             }
             Stand::Nobody(_) => {}

@@ -7,7 +7,7 @@ use ingle_actors::protocol::registry::{Endpoint, FOREVER, ModelType};
 use ingle_actors::registry::{RegistryStatus, ShownModel};
 use serde_json::json;
 
-use super::parameters::changes;
+use super::parameters::{changes, take};
 use crate::cli::{AddModel, ListModels, PinModel, RemoveModel, SetDefault};
 use crate::commands::status::table;
 use crate::commands::{explain_error, unexpected};
@@ -52,8 +52,20 @@ pub async fn add(settings: &Settings, options: AddModel) -> anyhow::Result<()> {
 
 fn registration(options: AddModel) -> Result<Registration, UsageError> {
     let AddModel {
-        name, kind, source, endpoint, model, api_key_env, unchecked, sha256, pin, keep_alive, values, ..
+        name,
+        kind,
+        source,
+        endpoint,
+        model,
+        api_key_env,
+        unchecked,
+        sha256,
+        pin,
+        keep_alive,
+        mut values,
+        ..
     } = options;
+    let quantization = take(&mut values, "quantization");
     let known = ModelType::ALL.into_iter().find(|known| known.as_str() == kind);
     let kind = known.ok_or_else(|| UsageError(format!("There is no type `{kind}`: write llm or embedding.")))?;
     let given = changes(&values)?.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
@@ -63,19 +75,21 @@ fn registration(options: AddModel) -> Result<Registration, UsageError> {
         source,
         endpoint: endpoint.map(|url| Endpoint { url, model, api_key_env }),
         sha256,
-        keep_alive: keep_alive.as_deref().map(seconds).transpose()?,
+        keep_alive: keep_alive.as_deref().map(keep_alive_seconds).transpose()?,
         parameters: ingle_actors::node::GivenParameters(given),
+        quantization,
         pins: pin,
         unchecked,
     })
 }
 
-fn seconds(text: &str) -> Result<u32, UsageError> {
+/// A time in which nobody asks a model, as it is typed.
+pub(super) fn keep_alive_seconds(text: &str) -> Result<u32, UsageError> {
     if text == "forever" {
         return Ok(FOREVER);
     }
-    let time = crate::duration::parse(text).map_err(|why| UsageError(format!("--keep-alive: {why}.")))?;
-    u32::try_from(time.as_secs()).map_err(|_| UsageError("--keep-alive is too long: write `forever`.".into()))
+    let time = crate::duration::parse(text).map_err(|why| UsageError(format!("keep-alive: {why}.")))?;
+    u32::try_from(time.as_secs()).map_err(|_| UsageError("keep-alive is too long: write `forever`.".into()))
 }
 
 /// Removes a model.
@@ -339,7 +353,7 @@ mod tests {
             (&["--source", "file:/x", "--api-key-env", "K"], "cannot be used with"),
             (&["--api-key-env", "K"], "--endpoint"),
             (&["--source", "file:/x", "--type", "poem"], "no type `poem`"),
-            (&["--source", "file:/x", "--keep-alive", "soon"], "--keep-alive"),
+            (&["--source", "file:/x", "--keep-alive", "soon"], "keep-alive"),
             (&["--source", "file:/x", "colour=3"], "no parameter"),
         ] {
             let error = typed(more).unwrap_err();
