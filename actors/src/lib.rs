@@ -17,7 +17,8 @@
 //!  ├── ServiceActor "registry"        writes down what peers say of the household's models
 //!  ├── ServiceActor "endpoints"       the registered ones that are pinned to this node, come and go while it runs
 //!  ├── ServiceActor "parameters"      lets this node's own model have what the registry says of it
-//!  └── ServiceActor "monitor"         what the workers are, told to the mesh
+//!  ├── ServiceActor "monitor"         what the workers are, told to the mesh
+//!  └── ServiceActor "events"          watches all that, and tells what has changed
 //! ```
 //!
 //! Nothing that happens once per request is an actor message: requests are local tasks and QUIC streams of

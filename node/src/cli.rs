@@ -77,6 +77,11 @@ pub enum Command {
     Status(Status),
     /// Show what is loaded on which node, and what it takes
     Ps(Processes),
+    /// Show what happened in the cluster, and with --follow what happens
+    ///
+    /// Nodes that come and go, models on all nodes, the registry, the default model, and answers that moved. A node
+    /// keeps the last 1,024 events that it saw since it was started.
+    Events(Events),
     /// Show who could have answered a request, who was asked, and why
     Explain(Explain),
     /// Let a node take nothing new, until its answers have finished or moved to other nodes
@@ -204,6 +209,20 @@ pub struct Processes {
     pub json: bool,
 }
 
+/// Options of `ingle events`.
+#[derive(Debug, Args)]
+pub struct Events {
+    /// Go on with what happens, until Ctrl-C
+    #[arg(long, short)]
+    pub follow: bool,
+    /// Only what came behind the event of this number (see --json)
+    #[arg(long, value_name = "NUMBER")]
+    pub since: Option<u64>,
+    /// Print a JSON object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Options of `ingle explain`.
 #[derive(Debug, Args)]
 pub struct Explain {
@@ -259,6 +278,9 @@ pub struct Engine {
     /// Where packed weights are kept
     #[arg(long)]
     pub packed: Option<PathBuf>,
+    /// Bytes that all of them may have
+    #[arg(long)]
+    pub packed_limit: Option<u64>,
     /// What is set for the model, as JSON
     #[arg(long, default_value = "{}")]
     pub parameters: String,

@@ -10,7 +10,7 @@ if [ "${1:-}" = --json ]; then json=true; shift; fi
 runs=${1:-10000000}
 shift || true
 targets=("$@")
-if [ ${#targets[@]} -eq 0 ]; then targets=(gguf safetensors tokenizer wire model folder template); fi
+if [ ${#targets[@]} -eq 0 ]; then targets=(gguf safetensors tokenizer wire registry model folder template); fi
 
 RUSTC_WRAPPER=$PWD/instrument.sh RUSTC_WORKSPACE_WRAPPER= cargo build --release --locked --target-dir target >&2
 # Templates are rendered on threads with 2 MiB of stack; deep recursion must end within it.

@@ -15,7 +15,9 @@ use crate::safetensors::Safetensors;
 use crate::text::{ChatTemplate, Codec, Conversation, Detokenizer, Special, Tokenizer};
 use crate::{DeviceChoice, ModelOptions, StepEngine, StepEntry};
 
+mod registry;
 mod wire;
+pub use registry::registry;
 pub use wire::wire;
 
 #[cfg(test)]
@@ -26,7 +28,7 @@ mod tests;
 /// Zeros behind the head of a model, so that the fuzzer need not find out weights.
 pub const WEIGHTS: usize = 128 << 10;
 /// Names of all targets.
-pub const TARGETS: [&str; 7] = ["gguf", "model", "safetensors", "folder", "tokenizer", "template", "wire"];
+pub const TARGETS: [&str; 8] = ["gguf", "model", "safetensors", "folder", "tokenizer", "template", "wire", "registry"];
 
 /// Runs the target of this name.
 pub fn run(target: &str, data: &[u8]) {
@@ -37,6 +39,7 @@ pub fn run(target: &str, data: &[u8]) {
         "folder" => folder(data),
         "tokenizer" => tokenizer(data),
         "template" => template(data),
+        "registry" => registry(data),
         _ => wire(data),
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use ingle_protocol::liveness::{Health, PeerWatch};
 use ingle_protocol::wire::v2::{Capability, EnginePulse, HeldFiles, MOST_HELD_FILES, MemberHint, NodeFacts, Pulse};
 use ingle_protocol::{EngineId, ModelDigest, NodeId};
+use tokio::sync::Notify;
 
 use super::join::is_valid_name;
 use super::link::{PeerLink, REPLACED};
@@ -89,17 +90,24 @@ pub struct Roster {
     own: NodeId,
     started: Instant,
     members: Mutex<BTreeMap<NodeId, Member>>,
+    /// Told when a member comes or goes, or says something new of itself.
+    news: Notify,
 }
 
 impl Roster {
     /// An empty roster of the node `own`.
     pub fn new(own: NodeId) -> Self {
-        Self { own, started: Instant::now(), members: Mutex::default() }
+        Self { own, started: Instant::now(), members: Mutex::default(), news: Notify::new() }
     }
 
     /// The time on the roster's own clock.
     pub fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// Returns when a member has come or gone, or said something new of itself since the last time. For one who waits.
+    pub async fn changed(&self) {
+        self.news.notified().await;
     }
 
     /// All members. A panic elsewhere does not make the roster unusable.
@@ -149,6 +157,7 @@ impl Roster {
         member.watch.connected(now);
         member.engines.clear();
         Self::take_facts(node, member, facts);
+        self.news.notify_one();
         Registered::Kept
     }
 
@@ -163,6 +172,7 @@ impl Roster {
                 .is_none_or(|known| (facts.incarnation, facts.version) > (known.incarnation, known.version));
             if newer {
                 Self::take_facts(node, member, facts);
+                self.news.notify_one();
             }
         }
     }
@@ -206,6 +216,7 @@ impl Roster {
     pub fn left(&self, node: NodeId, connection: usize, why: &str) {
         if let Some(member) = self.lock().get_mut(&node).filter(|member| member.is_on(connection)) {
             member.watch.left(why);
+            self.news.notify_one();
         }
     }
 
@@ -217,6 +228,7 @@ impl Roster {
             member.files = None;
             member.control_round_trip = None;
             member.watch.lost(why);
+            self.news.notify_one();
         }
     }
 

@@ -335,6 +335,8 @@ impl Flight {
             }
             NextMove::Migrate => {
                 self.migrations += 1;
+                let from = self.record.lock().attempts.last().map(|attempt| attempt.node.clone());
+                self.router.note_move(&from.unwrap_or_default(), &self.request.model);
                 "migration"
             }
         };

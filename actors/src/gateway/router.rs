@@ -1,6 +1,6 @@
 //! The router of a node: what the cluster offers, who gets in, and each request's flight.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -63,6 +63,8 @@ pub(super) struct Router {
     /// Told when the first answer is under way.
     begun: Notify,
     latencies: Arc<Latencies>,
+    /// Answers that went on elsewhere since somebody last asked, by node and model.
+    moves: Mutex<BTreeMap<(String, String), u64>>,
 }
 
 /// The door of a node for requests.
@@ -93,6 +95,12 @@ impl Router {
     pub fn learn(&self, model: &str, answer_tokens: u32, bytes: u32, prompt_tokens: u32) {
         let mut usual = self.usual.lock().unwrap_or_else(PoisonError::into_inner);
         Usual::observe(&mut usual, model, answer_tokens, bytes, prompt_tokens);
+    }
+
+    /// An answer goes on elsewhere.
+    pub fn note_move(&self, node: &str, model: &str) {
+        let mut moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        *moves.entry((node.to_owned(), model.to_owned())).or_default() += 1;
     }
 
     fn open(&self) -> Open {
@@ -249,6 +257,7 @@ impl Gateway {
             open: Arc::default(),
             begun: Notify::new(),
             latencies: Arc::default(),
+            moves: Mutex::default(),
         }))
     }
 
@@ -277,6 +286,11 @@ impl Gateway {
     /// Requests that wait at the door.
     pub fn waiting(&self) -> u32 {
         self.0.admission.waiting()
+    }
+
+    /// How many answers went on elsewhere since this was last asked, by the node and the model where they were.
+    pub(crate) fn take_moves(&self) -> BTreeMap<(String, String), u64> {
+        std::mem::take(&mut *self.0.moves.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Latencies of what entered here.

@@ -1,4 +1,5 @@
-//! What is in the folder of model files, what of it is in use, and what goes when room is needed.
+//! What is in the folder of model files, what of it is in use, and what goes when room is needed. Packed weights, which
+//! engines make of the files and keep in `packed/`, count as well.
 //!
 //! A file in use has a lock that all its users share, on a file of its name in `used/`; the time of that file is when
 //! it was used last. Files of earlier versions have none: the time of the file itself counts then.
@@ -81,25 +82,84 @@ impl ModelStore {
         self.limit.map_or_else(|| Ok((disk_size(self.dir())? / 2).max(size)), Ok)
     }
 
+    /// Packed weights that are here.
+    fn packed(&self) -> io::Result<Vec<StoredFile>> {
+        let mut files = Vec::new();
+        let entries = match fs::read_dir(self.dir().join("packed")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(files),
+            other => other?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            let name = entry.file_name();
+            let Some(stem) = name.to_str().and_then(|name| name.strip_suffix(".packed")) else { continue };
+            let Some(Ok(digest)) = stem.split('.').next().map(str::parse::<ModelDigest>) else { continue };
+            let Ok(found) = entry.metadata() else { continue };
+            if found.is_file() {
+                let used = found.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+                files.push(StoredFile { digest, path: entry.path(), size: found.len(), used });
+            }
+        }
+        Ok(files)
+    }
+
+    /// Takes away what was not used for longest until `enough` of the bytes that are left. Says how many that are.
+    /// Packed weights go before the file that they were made of: making them again takes no network.
+    fn take_away_until(&self, keep: &ModelDigest, enough: impl Fn(u64) -> io::Result<bool>) -> io::Result<u64> {
+        let files = self.files()?;
+        let mut all: Vec<(StoredFile, bool)> = Vec::new();
+        for mut packed in self.packed()? {
+            if let Some(file) = files.iter().find(|file| file.digest == packed.digest) {
+                packed.used = file.used;
+            }
+            all.push((packed, false));
+        }
+        all.extend(files.into_iter().map(|file| (file, true)));
+        all.sort_by_key(|(file, is_model)| (file.used, *is_model, file.digest));
+        all.retain(|(file, is_model)| !(*is_model && file.digest == *keep));
+        let mut total = all.iter().fold(0u64, |sum, (file, _)| sum.saturating_add(file.size));
+        for (file, is_model) in &all {
+            if enough(total)? {
+                break;
+            }
+            let goes = if *is_model { self.take_away(file)? } else { take_packed_away(file)? };
+            if goes {
+                total = total.saturating_sub(file.size);
+            }
+        }
+        Ok(total)
+    }
+
+    /// Makes room for the packed weights of a file of `size` bytes. How many bytes all packed weights may have, where a
+    /// limit was said.
+    pub(crate) async fn make_room_for_packed(&self, digest: ModelDigest, size: u64) -> io::Result<Option<u64>> {
+        let Some(limit) = self.limit else { return Ok(None) };
+        let store = self.clone();
+        blocking(move |_| {
+            let models = |store: &Self| Ok::<u64, io::Error>(store.files()?.iter().map(|file| file.size).sum());
+            if !store.packed()?.iter().any(|packed| packed.digest == digest) {
+                // Rows are filled up to whole tiles there.
+                let packed = size.saturating_add(size / 8);
+                let own = fs::metadata(store.path_of(&digest)).map_or(0, |file| file.len());
+                let needed = packed.saturating_add(own);
+                store.take_away_until(&digest, |total| Ok(needed > limit || total.saturating_add(needed) <= limit))?;
+            }
+            Ok(Some(limit.saturating_sub(models(&store)?)))
+        })
+        .await
+    }
+
     /// Takes files away until `model` fits below the folder's limit and `needed` bytes of the disk are free. Files in
     /// use stay; where that is not enough for a limit that was said, it is an error with the numbers.
     pub(super) async fn make_room(&self, model: &CatalogModel, size: u64, needed: u64) -> Result<(), FetchError> {
         let (store, digest) = (self.clone(), model.digest);
         let made = blocking(move |_| {
             let limit = store.limit_for(size)?;
-            let mut files = store.files()?;
-            files.retain(|file| file.digest != digest);
-            let mut total = files.iter().fold(0u64, |sum, file| sum.saturating_add(file.size));
-            let free = || Ok::<_, io::Error>(available_disk_space(store.dir())? >= needed);
-            for file in &files {
-                if total.saturating_add(size) <= limit && free()? {
-                    break;
-                }
+            let total = store.take_away_until(&digest, |total| {
+                let is_free = available_disk_space(store.dir())? >= needed;
                 // What can never fit takes nothing away.
-                if size <= limit && store.take_away(file)? {
-                    total = total.saturating_sub(file.size);
-                }
-            }
+                Ok(size > limit || (total.saturating_add(size) <= limit && is_free))
+            })?;
             let is_over = store.limit.is_some() && total.saturating_add(size) > limit;
             Ok(is_over.then_some((limit, total)))
         });
@@ -161,6 +221,22 @@ impl ModelStore {
     }
 }
 
+/// Removes packed weights that no engine uses; says whether it did. Engines share a lock on what they use.
+fn take_packed_away(file: &StoredFile) -> io::Result<bool> {
+    let opened = match File::open(&file.path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        other => other?,
+    };
+    match opened.try_lock() {
+        Ok(()) => {}
+        Err(fs::TryLockError::WouldBlock) => return Ok(false),
+        Err(fs::TryLockError::Error(error)) => return Err(error),
+    }
+    fs::remove_file(&file.path)?;
+    tracing::info!(file = %file.path.display(), bytes = file.size, "took packed weights away that were not used for long");
+    Ok(true)
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -214,6 +290,76 @@ mod tests {
         assert_eq!(left(), [old], "what can never fit takes nothing away");
         store.make_room(&wanted(3500), 3500, 0).await.unwrap();
         assert!(left().is_empty() && store.dir().join("holiday.gguf").exists());
+    }
+
+    #[tokio::test]
+    async fn a_file_whose_size_only_its_source_knows_keeps_to_the_limit_and_to_the_disk() {
+        use super::super::test_server::{Answer, TestServer};
+        let size = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(3500));
+        let said = size.clone();
+        let server = TestServer::start(move |_, _| {
+            let range = format!("bytes 0-0/{}", said.load(std::sync::atomic::Ordering::SeqCst));
+            let headers = vec![("Content-Range", range), ("ETag", "\"one\"".to_owned())];
+            Answer { headers, body: vec![0], ..Answer::new(206) }
+        })
+        .await;
+        let folder = tempfile::tempdir().unwrap();
+        let settings = SourceSettings { hub: server.url.clone(), ..SourceSettings::default() };
+        let store = ModelStore::open_with(folder.path(), settings).unwrap();
+        let (old, young) = (put(&store, 1, 40), put(&store, 2, 30));
+        let in_use = store.hold(&young).unwrap();
+        let source = super::super::SourceSpec::Hub { repository: "a/b".into(), revision: "c".into(), file: "d".into() };
+        let model = CatalogModel { size: None, sources: vec![source], ..wanted(0) };
+        let limited = store.clone().with_limit(Some(4000));
+        let error = limited.ensure(&model, &|_| (), &CancellationToken::new()).await.unwrap_err().to_string();
+        assert!(error.contains("has 3500 bytes") && error.contains("1000 of them"), "{error}");
+        assert_eq!(server.asked().len(), 1, "only how large it is");
+        assert!(!store.path_of(&old).exists() && store.path_of(&young).exists());
+        drop(in_use);
+
+        size.store(500 << 30, std::sync::atomic::Ordering::SeqCst);
+        if available_disk_space(folder.path()).unwrap() < 500 << 30 {
+            let error = store.ensure(&model, &|_| (), &CancellationToken::new()).await.unwrap_err().to_string();
+            assert!(error.contains(&format!("needs {} bytes of free disk space", 500u64 << 30)), "{error}");
+            assert_eq!(server.asked().len(), 2);
+        }
+    }
+
+    #[tokio::test]
+    async fn packed_weights_count_and_go_before_their_file_unless_an_engine_uses_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store(folder.path(), 5000);
+        let [old, young] = [(1, 40), (2, 30)].map(|(n, days)| put(&store, n, days));
+        fs::create_dir(store.dir().join("packed")).unwrap();
+        let pack = |digest: &ModelDigest| {
+            let path = store.dir().join("packed").join(format!("{digest}.v1.packed"));
+            fs::write(&path, [0; 1000]).unwrap();
+            path
+        };
+        let (old_packed, young_packed) = (pack(&old), pack(&young));
+        let other = store.dir().join("packed/gpu-x.tuning.json");
+        fs::write(&other, "{}").unwrap();
+        store.make_room(&wanted(1000), 1000, 0).await.unwrap();
+        assert!(old_packed.exists() && store.path_of(&old).exists(), "four and one are five");
+        // The older one's go first, and not the file, as long as that is enough.
+        store.make_room(&wanted(2000), 2000, 0).await.unwrap();
+        assert!(!old_packed.exists() && store.path_of(&old).exists() && young_packed.exists());
+        let in_use = File::open(&young_packed).unwrap();
+        in_use.lock_shared().unwrap();
+        store.make_room(&wanted(4000), 4000, 0).await.unwrap();
+        assert!(young_packed.exists() && other.exists() && store.files().unwrap().is_empty());
+        let error = store.make_room(&wanted(4500), 4500, 0).await.unwrap_err().to_string();
+        assert!(error.contains("1000 of"), "{error}");
+
+        // What an engine packs gets room the same way, and is told how much there is.
+        drop(in_use);
+        let [big, unused] = [(3, 20), (4, 10)].map(|(n, days)| put(&store, n, days));
+        assert_eq!(store.make_room_for_packed(big, 1000).await.unwrap(), Some(3000));
+        assert!(young_packed.exists(), "one, one and one, and a bit more than one");
+        store.make_room_for_packed(big, 3000).await.unwrap();
+        assert!(!young_packed.exists() && !store.path_of(&unused).exists() && store.path_of(&big).exists());
+        let without = ModelStore::open_with(folder.path(), SourceSettings::default()).unwrap();
+        assert_eq!(without.make_room_for_packed(big, u64::MAX).await.unwrap(), None);
     }
 
     #[tokio::test]

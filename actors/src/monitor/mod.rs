@@ -1,5 +1,6 @@
 //! What is measured and what is known, for people and for machines.
 
+pub mod events;
 mod latency;
 mod status;
 

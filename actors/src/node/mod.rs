@@ -37,6 +37,7 @@ use crate::gateway::{ChatRequest, EmbedRequest, Embedded, Gateway, GatewayError,
 use crate::identity::Identity;
 use crate::models::{ClientError, Holders};
 use crate::monitor::ClusterStatus;
+use crate::monitor::events::{EventLog, EventWatcher};
 use crate::platform::{FileLock, create_private_dir, hardware};
 use crate::registry::{self, EndpointKeeper, ModelRegistry, Placer};
 use crate::supervisor::{Service, Supervision};
@@ -59,6 +60,7 @@ pub struct Node {
     setting: Arc<tokio::sync::Mutex<()>>,
     endpoints: Vec<Arc<EndpointWorker>>,
     gateway: Gateway,
+    events: Arc<EventLog>,
     supervision: Supervision,
     /// Wakes the cluster service after a new identity was stored.
     rejoin: Arc<Notify>,
@@ -107,6 +109,15 @@ impl Node {
         let (starts, mut started) = watch::channel(0u64);
         let gateway = Gateway::new(&options.name, mesh.clone(), workers.clone(), registry.clone(), options.admission);
         let watching = gateway.clone();
+        let events = EventLog::new(registry::now_ms());
+        let watcher = Arc::new(EventWatcher {
+            own: options.name.clone(),
+            log: events.clone(),
+            mesh: mesh.clone(),
+            workers: workers.clone(),
+            registry: registry.clone(),
+            gateway: gateway.clone(),
+        });
         let mut services = vec![
             Service::new("gateway", move |cancel| watching.clone().run(cancel)),
             cluster_service(
@@ -118,6 +129,7 @@ impl Node {
                 starts,
             ),
             facts_service(mesh.clone(), workers.clone()),
+            Service::new("events", move |cancel| watcher.clone().run(cancel)),
         ];
         let keeping = models.clone();
         services.push(Service::new("models", move |cancel| keeping.clone().run(cancel)));
@@ -148,6 +160,7 @@ impl Node {
             holders,
             endpoints,
             gateway,
+            events,
             supervision,
             rejoin,
             started,
@@ -230,6 +243,11 @@ impl Node {
         self.workers.is_draining()
     }
 
+    /// What happens in the cluster, as this node sees it.
+    pub fn events(&self) -> &Arc<EventLog> {
+        &self.events
+    }
+
     /// What became of a request that entered here and why; of the last one where no id is given.
     pub fn explain(&self, request: Option<RequestId>) -> Option<RequestRecord> {
         self.gateway.explain(request)
@@ -305,6 +323,7 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         self.supervision.stop(Duration::from_secs(4)).await;
+        self.events.end();
     }
 }
 

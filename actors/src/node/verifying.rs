@@ -1,4 +1,4 @@
-//! The model files of this machine, read anew, and a question to the model that runs here.
+//! The model files of this machine, read anew, and a question to each model that runs here.
 
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use super::Node;
-use crate::models::{ModelStore, VerifiedFile, default_model};
+use crate::models::{ModelStore, VerifiedFile, VerifyError, default_model};
+use crate::worker::manager::SeenModel;
 
 /// How long the model may take for its one token.
 const PROBE_DEADLINE: Duration = Duration::from_secs(60);
@@ -21,8 +22,8 @@ const PROBE_DEADLINE: Duration = Duration::from_secs(60);
 pub struct Verification {
     /// Each file.
     pub files: Vec<VerifiedFile>,
-    /// What the model that runs here did when it was asked for one token, where one does and was meant.
-    pub probe: Option<Probe>,
+    /// What each model that runs here and was meant did when it was asked for one token.
+    pub probes: Vec<Probe>,
 }
 
 /// A question to a running model.
@@ -36,7 +37,7 @@ pub struct Probe {
 
 impl Node {
     /// Reads the model files of `name` (all without one) anew; what is damaged is set aside and fetched again, from
-    /// other machines where they have it. A model of this node that is meant answers with one token.
+    /// other machines where they have it. Each model that is loaded here and meant answers with one token.
     pub async fn verify_models(
         &self,
         name: Option<&str>,
@@ -44,22 +45,39 @@ impl Node {
     ) -> Result<Verification, String> {
         let store = ModelStore::open(&self.options.model_cache).map_err(|error| error.to_string())?;
         let store = store.with_limit(self.options.model_cache_limit).with_holders(self.holders.clone());
-        let verified = store.verify(name, say, &CancellationToken::new()).await;
         let own = self.models.own().map(|model| model.name());
-        let is_meant = own.as_deref().is_some_and(|own| name.is_none_or(|name| name == own || name == "default"));
-        let files = match verified {
+        let seen = self.models.states();
+        let is_meant = |model: &SeenModel| match name {
+            None => true,
+            Some("default") => own.as_deref() == Some(model.name.as_str()),
+            Some(name) => model.name == name || model.digest.as_deref() == Some(name),
+        };
+        let meant: Vec<&SeenModel> = seen.iter().filter(|model| is_meant(model)).collect();
+        // Files are known by what they hold, and models by the names that they were given here.
+        let digest = meant.iter().find_map(|model| model.digest.clone()).filter(|_| name.is_some());
+        let (asked, known) = (digest.as_deref().or(name), self.models.sources());
+        let files = match store.verify(asked, &known, say, &CancellationToken::new()).await {
             Ok(files) => files,
             // A model that runs from a file of its own has none in the store.
-            Err(_) if is_meant && own != Some(default_model().name) => Vec::new(),
+            Err(VerifyError::Unknown { .. }) if meant.iter().any(|model| model.name != default_model().name) => {
+                Vec::new()
+            }
             Err(error) => return Err(error.to_string()),
         };
-        let probe = if is_meant { self.probe().await } else { None };
-        Ok(Verification { files, probe })
+        let mut probes = Vec::new();
+        for model in &meant {
+            // What nobody has loaded need not answer; this node's own model should.
+            if model.state == ModelState::Ready.words() || own.as_deref() == Some(model.name.as_str()) {
+                probes.extend(self.probe(&model.name).await);
+            }
+        }
+        Ok(Verification { files, probes })
     }
 
-    async fn probe(&self) -> Option<Probe> {
-        let model = self.models.own()?;
-        let facts = self.workers.facts(NodeId::default()).into_iter().find(|facts| facts.name == model.name())?;
+    async fn probe(&self, name: &str) -> Option<Probe> {
+        let facts = self.workers.facts(NodeId::default()).into_iter().filter(|facts| facts.name == name);
+        // Of two versions the one that takes requests.
+        let facts = facts.min_by_key(|facts| facts.state != ModelState::Ready)?;
         let failed = match (&facts.state, facts.digest) {
             (ModelState::Ready, Some(digest)) => {
                 let hello = Embed { inputs: vec![EmbedInput::Text("Hello".into())], dimensions: None };

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ingle_protocol::NodeId;
 use ingle_protocol::registry::{Entry, Record, Registry, RegistryError, Stamp};
 use tokio::sync::{Notify, watch};
+use tokio::time::interval_at;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use endpoints::{EndpointKeeper, options_of};
@@ -32,6 +33,9 @@ pub(crate) use view::View;
 
 use self::file::RegistryFile;
 
+/// How often it is looked for removals that can be forgotten. Not at once after the start: others may know more.
+const FORGET_EVERY: Duration = Duration::from_secs(86_400);
+const FORGET_FIRST: Duration = Duration::from_secs(600);
 /// How soon the disk is tried again that could not be written.
 const STORE_AGAIN: Duration = Duration::from_secs(5);
 /// For so long after a change of the default model, requests for it may still go to the one before where the new one
@@ -91,7 +95,7 @@ impl State {
     /// Takes an entry; true where that changed anything.
     fn take(&mut self, entry: &Entry) -> Result<bool, RegistryError> {
         let default = self.registry.default_model().name().map(str::to_owned);
-        let changed = self.registry.merge(entry)?;
+        let changed = self.registry.merge_at(entry, now_ms())?;
         if changed {
             self.version += 1;
             self.changed.insert(key(entry), self.version);
@@ -259,10 +263,31 @@ impl ModelRegistry {
         }
     }
 
-    /// Writes down what peers said, until `cancel`.
+    /// Forgets removals that nobody needs any more. True where there were any.
+    fn forget(&self, now_ms: u64) -> bool {
+        let mut state = self.lock();
+        let forgotten = state.registry.forget(now_ms);
+        for name in &forgotten {
+            state.changed.remove(name);
+        }
+        if !forgotten.is_empty() {
+            tracing::info!(count = forgotten.len(), "removed models were forgotten");
+        }
+        !forgotten.is_empty()
+    }
+
+    /// Writes down what peers said, and forgets what nobody needs any more, until `cancel`.
     pub(crate) async fn keep(self: Arc<Self>, cancel: CancellationToken) -> Result<(), String> {
+        let mut forgetting = interval_at(tokio::time::Instant::now() + FORGET_FIRST, FORGET_EVERY);
         loop {
-            let ended = cancel.run_until_cancelled(self.unsaved.notified()).await.is_none();
+            let ended = tokio::select! {
+                () = cancel.cancelled() => true,
+                () = self.unsaved.notified() => false,
+                _ = forgetting.tick() => match self.forget(now_ms()) {
+                    true => false,
+                    false => continue,
+                },
+            };
             let stored = {
                 let _one_at_a_time = self.writing.lock().await;
                 let registry = self.snapshot();

@@ -47,12 +47,14 @@ pub enum AdjustFailure {
 }
 
 impl ChildEngine {
-    /// Starts the process and returns it with its reports, which end when it does.
+    /// Starts the process and returns it with its reports, which end when it does. `packed_limit` is how many bytes all
+    /// packed weights may have, 0 for the usual.
     pub fn spawn(
         socket: &Path,
         model: Option<&Path>,
         digest: ModelDigest,
         parameters: &ModelParameters,
+        packed_limit: u64,
         options: &WorkerOptions,
     ) -> std::io::Result<(Self, mpsc::Receiver<EngineReport>)> {
         let mut command = Command::new(std::env::current_exe()?);
@@ -62,6 +64,9 @@ impl ChildEngine {
         }
         command.args(["--digest", &digest.to_string()]);
         command.arg("--packed").arg(options.cache.join("packed"));
+        if packed_limit > 0 {
+            command.args(["--packed-limit", &packed_limit.to_string()]);
+        }
         command.args(["--parameters", &serde_json::to_string(parameters)?]);
         command.args(["--device", options.device.as_str()]);
         command.envs(options.environment.iter().map(|(name, value)| (name, value)));

@@ -17,7 +17,7 @@ use super::child_engine::ChildEngine;
 use super::model_worker::{ModelWorker, Trouble};
 use super::order::Order;
 use super::route::Route;
-use crate::node::ModelParameters;
+use crate::node::{DeviceKind, ModelParameters};
 use crate::supervisor::RestartBudget;
 
 const RESTART_PAUSE: Duration = Duration::from_millis(200);
@@ -75,6 +75,9 @@ impl ModelWorker {
             }
         };
         let file = file.as_deref();
+        if let Some(file) = file {
+            self.make_room_for_packed(file).await;
+        }
         if let Some(Ok(bytes)) = file.map(|file| file.metadata().map(|metadata| metadata.len())) {
             self.status().forecast.bytes = bytes;
         }
@@ -145,11 +148,34 @@ impl ModelWorker {
         }
     }
 
+    /// The weights that its engine will pack count in the limit of the model folder. Where they get no room there an
+    /// engine has a copy of its own.
+    async fn make_room_for_packed(&self, file: &Path) {
+        // A card has them in its own memory.
+        if cfg!(feature = "gpu") && self.options.device != DeviceKind::Cpu {
+            return;
+        }
+        let size = file.metadata().map_or(0, |file| file.len());
+        let digest = self.status().digest.unwrap_or_default();
+        let Ok(store) = self.store() else { return };
+        match store.make_room_for_packed(digest, size).await {
+            Ok(limit) => self.packed_limit.store(limit.map_or(0, |limit| limit.max(1)), Ordering::Relaxed),
+            Err(error) => tracing::warn!(%error, "no room is made for packed weights"),
+        }
+    }
+
     pub(super) fn start(&self, file: Option<&Path>, values: &ModelParameters) -> std::io::Result<Life> {
         let digest = self.status().digest.unwrap_or_default();
         let generation = self.generations.fetch_add(1, Ordering::Relaxed) + 1;
         let socket = self.options.sockets.join(format!("engine-{}-{generation}.sock", self.options.index));
-        let (child, reports) = ChildEngine::spawn(&socket, file, digest, values, &self.options)?;
+        let (child, reports) = ChildEngine::spawn(
+            &socket,
+            file,
+            digest,
+            values,
+            self.packed_limit.load(Ordering::Relaxed),
+            &self.options,
+        )?;
         tracing::info!(pid = child.pid(), generation, "engine process started");
         let (route, room) = (Route::new(socket, self.uses.clone()), values.room());
         Ok(Life { child, reports, route, generation, room, was_ready: false, report: None })

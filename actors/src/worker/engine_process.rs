@@ -41,6 +41,8 @@ pub struct EngineProcessOptions {
     pub digest: String,
     /// Where packed weights are kept for all engines of the host.
     pub packed: Option<PathBuf>,
+    /// How many bytes all of them may have; `None` for the usual.
+    pub packed_limit: Option<u64>,
     /// What is set for the model, as JSON.
     pub parameters: String,
     /// What it computes on.
@@ -103,7 +105,7 @@ async fn serve(options: EngineProcessOptions, changes: mpsc::Receiver<SetParamet
     let packed = options.packed.map(|folder| PackedCache {
         folder,
         digest: options.digest.clone(),
-        limit: ingle_engine::DEFAULT_PACKED_LIMIT,
+        limit: options.packed_limit.unwrap_or(ingle_engine::DEFAULT_PACKED_LIMIT),
     });
     spec.options = parameters.to_options(packed);
     spec.max_tokens = parameters.max_tokens;

@@ -2,7 +2,7 @@
 //! the [`manager`](super::manager)'s business.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -125,6 +125,8 @@ pub struct ModelWorker {
     changing: Arc<Semaphore>,
     /// Taken by whoever runs the model.
     ordered: tokio::sync::Mutex<mpsc::Receiver<Order>>,
+    /// Bytes that packed weights of this machine may have, where that was said; 0 for the usual.
+    pub(super) packed_limit: AtomicU64,
     /// Engine processes so far.
     pub(super) generations: AtomicU32,
     pub(super) uses: Arc<Uses>,
@@ -210,6 +212,7 @@ impl ModelWorker {
             orders,
             changing: Arc::new(Semaphore::new(1)),
             ordered: tokio::sync::Mutex::new(ordered),
+            packed_limit: AtomicU64::new(0),
             generations: AtomicU32::new(0),
             uses: Arc::default(),
             wanted: AtomicBool::new(false),

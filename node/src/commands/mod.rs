@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod drain;
+mod events;
 mod explain;
 mod join;
 mod models;
@@ -44,6 +45,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Token(token) => block_on(many_threads()?, token::run(&settings, token))?,
         Command::Status(status) => block_on(one_thread()?, status::run(&settings, status))?,
         Command::Ps(options) => block_on(one_thread()?, ps::run(&settings, options))?,
+        Command::Events(options) => block_on(one_thread()?, events::run(&settings, options))?,
         Command::Explain(explain) => block_on(one_thread()?, explain::run(&settings, explain))?,
         Command::Drain(drain) => block_on(one_thread()?, drain::run(&settings, drain))?,
         Command::Chat(chat) => block_on(one_thread()?, chat::run(&settings, chat))?,
@@ -60,8 +62,9 @@ fn run_engine(engine: Engine, environment: Layer) -> anyhow::Result<ExitCode> {
         filter: environment.log_filter.unwrap_or_else(|| DEFAULT_FILTER.into()),
         format: environment.log_format.unwrap_or(LogFormat::Text),
     })?;
-    let Engine { socket, model, digest, packed, parameters, device } = engine;
-    Ok(engine_process::run(EngineProcessOptions { socket, model, digest, packed, parameters, device }))
+    let Engine { socket, model, digest, packed, packed_limit, parameters, device } = engine;
+    let options = EngineProcessOptions { socket, model, digest, packed, packed_limit, parameters, device };
+    Ok(engine_process::run(options))
 }
 
 /// A node waits and passes on; engines compute in processes of their own. One thread does that with the least waking of

@@ -2,6 +2,7 @@
 
 use ingle_actors::gateway::RequestRecord;
 use ingle_actors::monitor::ClusterStatus;
+use ingle_actors::monitor::events::Event;
 use ingle_actors::node::{JoinOptions, Joined, MintedToken, Outcome, ParameterChanges, Verification};
 use ingle_actors::protocol::RequestId;
 use ingle_actors::worker::manager::{LoadRequest, SeenModel};
@@ -39,6 +40,13 @@ pub enum Request {
         limit_ms: u64,
         /// Let it take work again instead.
         undo: bool,
+    },
+    /// What happens in the cluster.
+    Events {
+        /// Only what came behind this one.
+        since: Option<u64>,
+        /// Also what is still to come.
+        follow: bool,
     },
     /// What is loaded on which node.
     Loaded,
@@ -111,6 +119,10 @@ pub enum Reply {
         /// How many of them moved.
         moved: u32,
     },
+    /// To `Events`: some of them, or none for a while.
+    Events(Vec<Event>),
+    /// To `Events`: that was all.
+    NoMoreEvents,
     /// To `Loaded`: this node first.
     Loaded(Vec<LoadedOn>),
     /// To `Load`: it is ready.

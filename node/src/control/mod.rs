@@ -1,6 +1,7 @@
 //! Commands talk to the node of their state directory over a local socket, readable by its owner only.
 
 mod client;
+mod events;
 mod loading;
 mod messages;
 mod models;

@@ -17,8 +17,8 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::loading;
 use super::messages::{LineError, Reply, Request, read, write};
+use super::{events, loading};
 use crate::commands::progress_line;
 use crate::ingress::{self, LOCAL_PRINCIPAL};
 
@@ -135,6 +135,10 @@ async fn serve(stream: LocalStream, node: &Arc<Node>, chat_deadline: Duration) -
                 () = left => Ok(()),
             }
         }
+        Request::Events { since, follow } => tokio::select! {
+            result = events::pass_on(node, since, follow, &mut writer) => result,
+            () = left => Ok(()),
+        },
         Request::Load(request) => tokio::select! {
             result = loading::load(node, &request, &mut writer) => result,
             // It goes on loading.
@@ -199,6 +203,7 @@ async fn answer(node: Arc<Node>, request: Request) -> Reply {
                 Err(why) => Reply::Error(why),
             },
             Request::Chat { .. }
+            | Request::Events { .. }
             | Request::SetParameters { .. }
             | Request::Load(_)
             | Request::TestModel { .. }

@@ -3,6 +3,7 @@
 mod admin;
 mod authenticate;
 mod body;
+mod events;
 mod guard;
 mod health;
 mod openai;
@@ -57,7 +58,8 @@ pub fn routes(app: Arc<App>, guard: Guard) -> Router {
         .route("/v1/models", get(models::list))
         // A model's name may have slashes in it.
         .route("/v1/models/{*id}", get(models::retrieve))
-        .route("/admin/models", get(admin::models))
+        .route("/admin/models", get(admin::list))
+        .route("/admin/events", get(events::follow))
         .route("/health", get(health::health))
         .route("/ready", get(health::ready))
         .with_state(app);

@@ -57,7 +57,7 @@ impl DefaultModel {
     }
 
     pub(super) fn merge(&mut self, other: &Self) {
-        self.model.merge(&self.seen, &other.model, &other.seen);
+        self.model.merge_kept(&self.seen, &other.model, &other.seen);
         self.seen.merge(&other.seen);
     }
 

@@ -132,6 +132,18 @@ impl<T: Ord + Clone> Field<T> {
         self.versions = versions;
     }
 
+    /// [`Self::merge`] for a value that is never taken away. Each side may know of what the other has and not have it:
+    /// where a node's state was put back from a copy and it wrote something before it heard of the others, its writes
+    /// seem to cover what it has lost. Then the last write is it.
+    pub(super) fn merge_kept(&mut self, seen: &Seen, other: &Self, other_seen: &Seen) {
+        let latest = self.latest().into_iter().chain(other.latest());
+        let last = latest.max_by_key(|written| (written.at, written.value.clone())).cloned();
+        self.merge(seen, other, other_seen);
+        if self.versions.is_empty() {
+            self.versions.extend(last);
+        }
+    }
+
     /// The versions are in order and all of them are seen: what every honest side keeps to.
     pub(super) fn is_sound(&self, seen: &Seen) -> bool {
         self.versions.is_sorted_by(|a, b| a.at > b.at) && self.versions.iter().all(|written| seen.covers(written.at))

@@ -4,13 +4,17 @@
 //! **Rules of merging.** Each field has a last writer, by [`Stamp`]. What was written at the same time by somebody who
 //! did not know of the last write does not hold, but stands beside it and is shown until the field is written again.
 //! Parameters and pins are a field each, so two halves that set different ones both have their way. A removal takes
-//! away what its writer knew of: see [`Record`]. The default model is an entry of its own.
+//! away what its writer knew of: see [`Record`]. The default model is an entry of its own. Removals are forgotten after
+//! 90 days: see `forget.rs`.
 //!
 //! These structs are stored in the state directory and are on the wire since `wire::v2`.
 
 mod check;
 mod default;
 mod field;
+mod forget;
+#[cfg(test)]
+mod forget_tests;
 mod record;
 mod source;
 #[cfg(test)]
@@ -22,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 pub use default::DefaultModel;
 pub use field::{Field, Seen, Stamp, Written};
+pub use forget::{REMEMBERED_MS, SLACK_MS};
 use record::MOST_COUNTER;
 pub use record::{
     Endpoint, FOREVER, KeepAlive, MOST_PARAMETERS, MOST_PINS, ModelType, NewModel, Origin, Record, Value,
@@ -227,9 +232,13 @@ impl Registry {
         match entry {
             Entry::Model(theirs) => match self.models.get_mut(theirs.name()) {
                 Some(ours) => {
-                    let before = ours.clone();
-                    ours.merge(theirs);
-                    Ok(*ours != before)
+                    let mut merged = ours.clone();
+                    merged.merge(theirs);
+                    // Each side within its limits can be too much together.
+                    merged.check()?;
+                    let is_news = merged != *ours;
+                    *ours = merged;
+                    Ok(is_news)
                 }
                 None if is_full => Err(RegistryError::Full(format!(
                     "the entry `{}` has no room beside {MOST_ENTRIES} others",

@@ -347,10 +347,10 @@ impl Record {
     /// Takes what the other has of the same model. Both must have been checked.
     pub(super) fn merge(&mut self, other: &Self) {
         let (seen, theirs) = (&self.seen, &other.seen);
-        self.kind.merge(seen, &other.kind, theirs);
-        self.origin.merge(seen, &other.origin, theirs);
-        self.sha256.merge(seen, &other.sha256, theirs);
-        self.keep_alive.merge(seen, &other.keep_alive, theirs);
+        self.kind.merge_kept(seen, &other.kind, theirs);
+        self.origin.merge_kept(seen, &other.origin, theirs);
+        self.sha256.merge_kept(seen, &other.sha256, theirs);
+        self.keep_alive.merge_kept(seen, &other.keep_alive, theirs);
         merge_all(&mut self.parameters, seen, &other.parameters, theirs);
         merge_all(&mut self.pins, seen, &other.pins, theirs);
         self.removals.merge(seen, &other.removals, theirs);
@@ -400,7 +400,6 @@ fn merge_all<T: Ord + Clone>(
     }
     let none = Field::default();
     for (name, field) in ours.iter_mut() {
-        field.merge(seen, theirs.get(name).unwrap_or(&none), their_seen);
+        field.merge_kept(seen, theirs.get(name).unwrap_or(&none), their_seen);
     }
-    ours.retain(|_, field| !field.is_empty());
 }

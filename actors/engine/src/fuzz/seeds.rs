@@ -2,6 +2,10 @@
 
 use serde_json::{Map, Value, json};
 
+use ingle_protocol::NodeId;
+use ingle_protocol::registry::{Entry, ModelType, NewModel, Origin, Registry, Stamp, Value as Parameter};
+use ingle_protocol::wire::encode;
+
 use super::parts;
 use crate::gguf::tiny::{Meta, Sizes, Tiny, llama};
 
@@ -18,6 +22,7 @@ pub fn all() -> Vec<(&'static str, Vec<Seed>)> {
         ("tokenizer", tokenizers()),
         ("template", templates()),
         ("wire", frames()),
+        ("registry", registries()),
     ]
 }
 
@@ -272,4 +277,61 @@ fn frames() -> Vec<Seed> {
     let whole = golden.lines().filter_map(|line| line.split_once(' ')).map(|(_, hex)| bytes(hex)).next();
     seeds.extend(whole.map(|frame| ("frame".to_string(), frame)));
     seeds
+}
+
+/// Entries of nodes that did not hear each other, each behind its length; and what three nodes did.
+fn registries() -> Vec<Seed> {
+    let at = |node: u8, counter| Stamp { counter, node: NodeId([node; 16]) };
+    let new = NewModel {
+        name: "m".into(),
+        kind: ModelType::Llm,
+        origin: Origin::Source("hf:a/b/c.gguf".into()),
+        sha256: None,
+        keep_alive: Some(60),
+        parameters: [("threads".to_owned(), Parameter::Number(2))].into(),
+        pins: vec!["tower".into()],
+    };
+    let mut one = Registry::default();
+    one.add(new.clone(), at(1, 1_700_000_000_000)).unwrap_or_default();
+    let (mut other, mut third) = (one.clone(), one.clone());
+    one.set_parameters("m", &[("threads".into(), None)].into(), at(1, 1_700_000_000_005)).unwrap_or_default();
+    one.set_default(Some("m".into()), at(1, 1_700_000_000_006)).unwrap_or_default();
+    other.set_pins("m", &["attic".into()], at(2, 1_700_000_000_005)).unwrap_or_default();
+    other.remove("m", at(2, 1_700_000_000_007)).unwrap_or_default();
+    third.remove("m", at(3, 1_700_000_000_003)).unwrap_or_default();
+    third.add(new, at(3, 1_700_000_000_009)).unwrap_or_default();
+    let joined = |entries: Vec<Entry>| {
+        let mut bytes = vec![0];
+        for frame in entries.iter().filter_map(|entry| encode(entry).ok()) {
+            bytes.extend((frame.body.len() as u16).to_le_bytes());
+            bytes.extend_from_slice(&frame.body);
+        }
+        bytes
+    };
+    let firsts = [&one, &other, &third].map(|registry| registry.entries().next());
+    let changes = |changes: &[[u8; 4]]| [[1].as_slice(), &changes.concat()].concat();
+    vec![
+        ("three_sides".into(), joined(firsts.into_iter().flatten().collect())),
+        ("model_and_default".into(), joined(one.entries().collect())),
+        ("removed".into(), joined(other.entries().take(1).collect())),
+        (
+            "one_removes_what_the_other_changes".into(),
+            changes(&[[0, 0, 40, 9], [1, 7, 0, 0], [0, 1, 0, 3], [1, 2, 6, 1]]),
+        ),
+        (
+            "everything".into(),
+            changes(&[
+                [0, 0, 200, 9],
+                [0, 6, 3, 9],
+                [1, 7, 0, 0],
+                [2, 7, 0, 0],
+                [0, 3, 1, 9],
+                [1, 4, 9, 99],
+                [2, 5, 8, 1],
+                [2, 1, 0, 0],
+                [5, 7, 0, 0],
+                [0, 0, 64, 0],
+            ]),
+        ),
+    ]
 }

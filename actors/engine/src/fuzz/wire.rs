@@ -63,7 +63,8 @@ pub fn wire(data: &[u8]) {
     bodies! {
         Hello Welcome NotWelcome Goodbye NodeFacts Request Accepted Refused Progress Token Finished Failed Pulse
         JoinRequest JoinGranted JoinRefused AuthorityKeyRequest AuthorityKey RenewalRequest Renewed AuthorityRefused
-        ControlProbe DrainRequest DrainReply;
+        ControlProbe DrainRequest DrainReply RegistryEntry HeldFiles ChunkListRequest ListProgress ChunkList ChunkRequest
+        ChunkFollows FileRefused Capability;
         SetParameters ParametersSet
     }
 }

@@ -46,9 +46,15 @@ pub(crate) struct PackedFile {
 
 struct Whole<T>(T);
 
-impl AsRef<[u8]> for Whole<Mmap> {
+/// A mapped file. As long as this lives nobody takes the file away: all its users share a lock on it.
+struct Mapped {
+    map: Mmap,
+    _in_use: File,
+}
+
+impl AsRef<[u8]> for Mapped {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        &self.map
     }
 }
 
@@ -76,7 +82,7 @@ impl PackedFile {
         let plan = Plan { gguf, pieces: &pieces, places: &places, bytes: end };
         if let Some(cache) = cache {
             match plan.cached(cache) {
-                Ok(map) => return Ok(Self { bytes: Arc::new(Whole(map)), places }),
+                Ok(mapped) => return Ok(Self { bytes: Arc::new(mapped), places }),
                 Err(why) => tracing::warn!(
                     folder = %cache.folder.display(), %why,
                     "packed weights cannot be kept: this engine holds a copy of its own"
@@ -153,7 +159,7 @@ impl Plan<'_> {
         head
     }
 
-    fn cached(&self, cache: &PackedCache) -> io::Result<Mmap> {
+    fn cached(&self, cache: &PackedCache) -> io::Result<Mapped> {
         make_private_folder(&cache.folder)?;
         let path = cache.folder.join(format!("{}.{LAYOUT}.packed", cache.digest));
         let head = self.head(cache);
@@ -206,13 +212,15 @@ impl Drop for Unfinished {
 }
 
 /// `None` where there is no such file, or another one under its name.
-fn open_packed(path: &Path, head: &[u8; HEAD], bytes: usize) -> io::Result<Option<Mmap>> {
+fn open_packed(path: &Path, head: &[u8; HEAD], bytes: usize) -> io::Result<Option<Mapped>> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(why) if why.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(why) => return Err(why),
     };
-    if file.metadata()?.len() != bytes as u64 {
+    // Whoever takes files away holds the lock for a moment only. Where there are no locks, none are taken away.
+    let _ = file.lock_shared();
+    if file.metadata()?.len() != bytes as u64 || is_gone(&file)? {
         return Ok(None);
     }
     #[allow(unsafe_code)]
@@ -223,7 +231,21 @@ fn open_packed(path: &Path, head: &[u8; HEAD], bytes: usize) -> io::Result<Optio
     }
     // The time of the last use; who may not set it loses nothing but its place in the queue.
     let _ = file.set_modified(SystemTime::now());
-    Ok(Some(map))
+    Ok(Some(Mapped { map, _in_use: file }))
+}
+
+/// It has been taken away since it was opened.
+fn is_gone(file: &File) -> io::Result<bool> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        Ok(file.metadata()?.nlink() == 0)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = file;
+        Ok(false)
+    }
 }
 
 /// A folder that only this user writes: what is mapped from it is believed.
@@ -254,7 +276,8 @@ fn reserve(file: &File, bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes the files that were not used for longest, until `wanted` more bytes fit under `limit`.
+/// Removes the files that were not used for longest and that no engine uses, until `wanted` more bytes fit under
+/// `limit`. Where that is not enough it is an error.
 fn make_room(folder: &Path, wanted: u64, limit: u64) -> io::Result<()> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -267,12 +290,53 @@ fn make_room(folder: &Path, wanted: u64, limit: u64) -> io::Result<()> {
     files.sort();
     let mut total: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
     for (_, bytes, path) in files {
-        if total.saturating_add(wanted) <= limit {
+        // What can never fit takes nothing away.
+        if total.saturating_add(wanted) <= limit || wanted > limit {
             break;
         }
-        // Engines that have it mapped keep it until they end.
-        fs::remove_file(path)?;
-        total -= bytes;
+        // Another engine may be at it as well.
+        let Ok(file) = File::open(&path) else { continue };
+        if file.try_lock().is_ok() {
+            fs::remove_file(path)?;
+            total -= bytes;
+        }
     }
-    Ok(())
+    if total.saturating_add(wanted) <= limit {
+        return Ok(());
+    }
+    let why = format!("they have {wanted} bytes, and all may have {limit}, of which {total} are in use");
+    Err(io::Error::new(io::ErrorKind::QuotaExceeded, why))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_longest_unused_goes_and_what_an_engine_uses_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let put = |name: &str, days: u64| {
+            let path = folder.path().join(name);
+            fs::write(&path, [0; 100]).unwrap();
+            let file = OpenOptions::new().write(true).open(&path).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(days * 86_400)).unwrap();
+            path
+        };
+        let (oldest, used, old, other) =
+            (put("a.packed", 9), put("b.packed", 8), put("c.packed", 7), put("d.json", 10));
+        let in_use = File::open(&used).unwrap();
+        in_use.lock_shared().unwrap();
+        make_room(folder.path(), 100, 300).unwrap();
+        assert!(!oldest.exists() && used.exists() && old.exists() && other.exists());
+        make_room(folder.path(), 200, 300).unwrap();
+        assert!(used.exists() && !old.exists(), "in use");
+        assert_eq!(make_room(folder.path(), 300, 300).unwrap_err().kind(), io::ErrorKind::QuotaExceeded);
+        drop(in_use);
+        make_room(folder.path(), 301, 300).unwrap_err();
+        assert!(used.exists(), "what can never fit takes nothing away");
+        make_room(folder.path(), 300, 300).unwrap();
+        assert!(!used.exists() && other.exists());
+    }
 }

@@ -8,6 +8,7 @@ use ingle_protocol::wire::v2::ModelState;
 use serde::{Deserialize, Serialize};
 
 use super::{Model, ModelManager, Promised};
+use crate::models::CatalogModel;
 use crate::node::ModelChoice;
 use crate::platform::resident_memory_of;
 use crate::worker::Worker;
@@ -72,6 +73,15 @@ fn in_words(choice: &ModelChoice) -> String {
 }
 
 impl ModelManager {
+    /// Models whose files come from sources, under the names that they have here.
+    pub(crate) fn sources(&self) -> Vec<CatalogModel> {
+        let named = self.specs().into_iter().filter_map(|spec| match spec.choice {
+            ModelChoice::Source(model) => Some(CatalogModel { name: spec.name, ..model }),
+            _ => None,
+        });
+        named.collect()
+    }
+
     pub(super) fn see(&self, model: &Model) -> SeenModel {
         let (spec, worker) = (model.spec(), model.current());
         let facts = worker.facts(NodeId::default());

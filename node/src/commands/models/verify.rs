@@ -41,8 +41,8 @@ pub async fn run(settings: &Settings, options: VerifyModels) -> anyhow::Result<(
                     complain(&progress_line(name, done, all));
                 }
             };
-            let files = store.verify(options.name.as_deref(), &say, &CancellationToken::new()).await?;
-            Verification { files, probe: None }
+            let files = store.verify(options.name.as_deref(), &[], &say, &CancellationToken::new()).await?;
+            Verification { files, probes: Vec::new() }
         }
         Err(error) => return Err(explain_error(settings, error)),
     };
@@ -64,7 +64,7 @@ pub fn progress_line(name: &str, done: u64, all: u64) -> String {
 fn problems(verification: &Verification) -> usize {
     let wrong = |verdict: &Verdict| !matches!(verdict, Verdict::Good | Verdict::FetchedAgain { .. });
     let files = verification.files.iter().filter(|file| wrong(&file.verdict)).count();
-    files + usize::from(verification.probe.as_ref().is_some_and(|probe| probe.failed.is_some()))
+    files + verification.probes.iter().filter(|probe| probe.failed.is_some()).count()
 }
 
 fn table(verification: &Verification) -> String {
@@ -82,13 +82,14 @@ fn table(verification: &Verification) -> String {
         };
         text += &format!("{} ({}): {verdict}\n", file.name, size(file.size));
     }
-    match &verification.probe {
-        Some(probe) => match &probe.failed {
+    for probe in &verification.probes {
+        match &probe.failed {
             None => text += &format!("{} answers here.\n", probe.model),
             Some(why) => text += &format!("{} does not answer here: {why}\n", probe.model),
-        },
-        None if verification.files.is_empty() => text += "There are no model files here.\n",
-        None => {}
+        }
+    }
+    if verification.files.is_empty() && verification.probes.is_empty() {
+        text += "There are no model files here.\n";
     }
     text
 }
