@@ -123,9 +123,6 @@ impl Node {
                 if kind != ModelType::Llm {
                     return Err("an endpoint answers chats: its type is llm".into());
                 }
-                if sha256.is_some() {
-                    return Err("an endpoint's model has no file here whose hash could be checked".into());
-                }
                 let pins = if pins.is_empty() { vec![self.options.name.clone()] } else { pins };
                 let slots = slots_in(&parameters);
                 (Origin::Endpoint(self.check_endpoint(&name, endpoint, slots, here(&pins), unchecked).await?), pins)
@@ -156,7 +153,7 @@ impl Node {
         if !runs_here || unchecked {
             return Ok(endpoint);
         }
-        let options = options_of(name, &endpoint, slots)?;
+        let options = options_of(name, &endpoint, slots, None)?;
         let found = ask_once(&options).await.map_err(|why| {
             format!("nothing is registered, because the endpoint {address} cannot answer now: {why} (with --unchecked it is registered all the same)")
         })?;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use ingle_protocol::ModelDigest;
 use ingle_protocol::registry::{Endpoint, Record, Value};
 use ingle_protocol::wire::v2::ModelState;
 use tokio::task::JoinSet;
@@ -32,6 +33,7 @@ const FIRST_INDEX: u16 = 0x8000;
 struct Wanted {
     endpoint: Endpoint,
     slots: Option<u32>,
+    sha256: Option<ModelDigest>,
 }
 
 impl Wanted {
@@ -40,7 +42,7 @@ impl Wanted {
             Some(Value::Number(slots)) => u32::try_from(*slots).ok(),
             _ => None,
         };
-        Some(Self { endpoint: record.endpoint()?.clone(), slots })
+        Some(Self { endpoint: record.endpoint()?.clone(), slots, sha256: record.sha256() })
     }
 }
 
@@ -59,7 +61,12 @@ fn key_of(variable: &str) -> Result<Secret, String> {
 }
 
 /// A registered endpoint as a worker takes it.
-pub(crate) fn options_of(name: &str, endpoint: &Endpoint, slots: Option<u32>) -> Result<EndpointOptions, String> {
+pub(crate) fn options_of(
+    name: &str,
+    endpoint: &Endpoint,
+    slots: Option<u32>,
+    sha256: Option<ModelDigest>,
+) -> Result<EndpointOptions, String> {
     Ok(EndpointOptions {
         url: endpoint.url.parse().map_err(|error| format!("its address cannot be used: {error}"))?,
         model: endpoint.model.clone(),
@@ -69,6 +76,7 @@ pub(crate) fn options_of(name: &str, endpoint: &Endpoint, slots: Option<u32>) ->
         is_default: false,
         first_token_timeout: EndpointOptions::FIRST_TOKEN_TIMEOUT,
         silence_timeout: EndpointOptions::SILENCE_TIMEOUT,
+        sha256,
     })
 }
 
@@ -168,7 +176,7 @@ impl EndpointKeeper {
         tasks: &mut JoinSet<Ended>,
     ) -> Running {
         let cancel = cancel.child_token();
-        let made = options_of(name, &wanted.endpoint, wanted.slots).and_then(|options| {
+        let made = options_of(name, &wanted.endpoint, wanted.slots, wanted.sha256).and_then(|options| {
             EndpointWorker::new(options, index, self.workers.clone()).map_err(|error| error.to_string())
         });
         let (worker, endpoint): (Arc<dyn Worker>, _) = match made {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v2::{EnginePulse, ModelFacts, ModelState, RefusalKind, Request};
+use ingle_protocol::wire::v2::{EnginePulse, ModelFacts, ModelState, RESUMES_TEXT, RefusalKind, Request};
 use ingle_protocol::{EngineId, NodeId};
 use tokio::sync::mpsc;
 
@@ -109,7 +109,7 @@ impl Worker for ModelWorker {
             numerics: report.map(|r| r.numerics.clone()).unwrap_or_default(),
             context_length: report.map_or(0, |r| r.context_length),
             slots: report.map_or(status.values.batch_size, |r| r.slots),
-            features: report.map(|r| r.features.clone()).unwrap_or_default(),
+            features: report.map(|r| [&r.features[..], &[RESUMES_TEXT.to_owned()]].concat()).unwrap_or_default(),
             // The echo engine is for tests: nobody gets it without asking for it by name.
             is_default: self.options.is_default && !matches!(self.options.choice, ModelChoice::Echo),
         }
