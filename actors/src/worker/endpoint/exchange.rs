@@ -357,7 +357,8 @@ async fn pass_on(
         }
         // Bytes alone are no progress: a line that never ends could go on like that for days.
         if reader.lines() > lines {
-            watch.heard = now;
+            // Who did not read in time may have been waited for since.
+            watch.heard = watch.heard.max(now);
         } else {
             watch.check(now)?;
         }
