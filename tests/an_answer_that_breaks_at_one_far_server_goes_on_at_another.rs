@@ -3,7 +3,8 @@
 
 use crate::harness::*;
 
-const TEXT: &str = "parrot polly wants a very big cracker and another one of them and then some more until all are gone";
+const TEXT: &str =
+    "parrot polly wants a very big cracker and another one of them and then some more until all are gone";
 
 /// A question to which echo engines and far servers alike say `TEXT`, a piece after the other.
 fn say() -> Value {

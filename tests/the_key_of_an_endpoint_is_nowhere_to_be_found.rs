@@ -42,7 +42,7 @@ async fn the_key_of_an_endpoint_is_nowhere_to_be_found() {
     let mut said = String::new();
     for what in ["echo of the key", "breaks off", "broken event", "page"] {
         said += &mini.ask(&far(what)).await.body.to_string();
-        said += &tower.explain("last").await.to_string();
+        said += &mini.explain("last").await.to_string();
     }
     // Nobody is followed to another host, with the key or without.
     let elsewhere = format!("elsewhere {}/v1/chat/completions", thief.url());

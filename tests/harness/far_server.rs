@@ -141,7 +141,10 @@ impl FarServer {
             }
             "LM Studio" => {
                 let model = |id: &str, kind: &str| json!({"id": id, "type": kind, "state": "loaded"});
-                self.says("/api/v0/models", &json!({"data": [model(FAR_MODEL, "llm"), model("text-embedding", "embeddings")]}));
+                self.says(
+                    "/api/v0/models",
+                    &json!({"data": [model(FAR_MODEL, "llm"), model("text-embedding", "embeddings")]}),
+                );
                 ("organization_owner", Continues::Never)
             }
             other => panic!("nobody knows {other}"),

@@ -350,9 +350,8 @@ impl Flight {
                 self.send_to(chosen).await;
                 return Ok(());
             }
-            let waits =
-                self.pending.hopeful
-                    && choice::is_hope(&offers, self.wanted.digest, begun, &self.avoid, since.elapsed());
+            let waits = self.pending.hopeful
+                && choice::is_hope(&offers, self.wanted.digest, begun, &self.avoid, since.elapsed());
             // A model that went while its request was under way is loaded again for it.
             let coming = (self.pending.hopeful && begun.is_none() && is_cold(&offers, &self.request.model))
                 .then(|| self.router.coming(&offers, &self.request.model))

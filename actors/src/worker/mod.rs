@@ -216,9 +216,8 @@ impl Workers {
             // Of one content under two names the one that is asked for goes first; a far server's names mean nothing.
             let is_other = facts.name != request.model && !facts.is_endpoint();
             let is_meant = meant.is_some() && facts.engine.map(|engine| engine.index) == meant;
-            (facts.digest == Some(request.digest)).then(|| {
-                (facts.state != ModelState::Ready, !is_meant, worker.is_doubtful(), is_other, busy())
-            })
+            (facts.digest == Some(request.digest))
+                .then(|| (facts.state != ModelState::Ready, !is_meant, worker.is_doubtful(), is_other, busy()))
         };
         let able = self.all().into_iter().filter_map(|worker| Some((load(&worker)?, worker)));
         let Some((_, worker)) = able.min_by_key(|(load, _)| *load) else {

@@ -167,9 +167,7 @@ impl Intake {
     fn said(&self, request: &Request) -> Result<Vec<u32>, Refused> {
         if !is_by_text(request) {
             return match request.resume.iter().find(|id| **id >= self.vocabulary) {
-                Some(id) => {
-                    Err(invalid("resume", &format!("token {id} is none of the model's {}", self.vocabulary)))
-                }
+                Some(id) => Err(invalid("resume", &format!("token {id} is none of the model's {}", self.vocabulary))),
                 None => Ok(request.resume.clone()),
             };
         }

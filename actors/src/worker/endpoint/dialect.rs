@@ -196,7 +196,8 @@ mod tests {
     #[test]
     fn programs_are_known_by_what_they_alone_say() {
         let of = |program, body: &str| understand(program, body.as_bytes());
-        let props = r#"{"default_generation_settings":{"n_ctx":4096,"params":{}},"total_slots":4,"build_info":"b6000-1a2b"}"#;
+        let props =
+            r#"{"default_generation_settings":{"n_ctx":4096,"params":{}},"total_slots":4,"build_info":"b6000-1a2b"}"#;
         let llama = of(Program::LlamaCpp, props).unwrap();
         assert_eq!((llama.slots, llama.context_length), (Some(4), 4096));
         assert_eq!(llama.in_words().as_deref(), Some("llama.cpp b6000-1a2b"));

@@ -69,7 +69,8 @@ async fn look(port: u16) -> Option<FoundServer> {
 async fn ask(address: SocketAddr) -> Option<FoundServer> {
     let url: EndpointUrl = format!("http://{address}").parse().ok()?;
     let client = client(&url).ok()?;
-    let question = async |route: &str| timeout(QUESTION_DEADLINE, get(&client, url.route(route), None)).await.ok()?.ok();
+    let question =
+        async |route: &str| timeout(QUESTION_DEADLINE, get(&client, url.route(route), None)).await.ok()?.ok();
     let (status, body) = question("v1/models").await?;
     if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
         let far = identify(&client, &url, None, "").await;

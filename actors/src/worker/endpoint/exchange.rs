@@ -245,14 +245,15 @@ impl Exchange {
         let clean = |message: String| key.as_ref().map_or(message.clone(), |key| key.struck_from(&message));
         match found {
             Trouble::Refused(mut refused) => {
-                match (refused.kind, &inside) {
-                    (RefusalKind::Busy, Some(inside)) => {
-                        if gate.refused(inside, watch.pause, Instant::now()) {
-                            workers.note_change();
-                        }
-                    }
-                    (RefusalKind::Loading, _) => self.trouble.notify_one(),
-                    _ => {}
+                let changed = match (refused.kind, &inside) {
+                    (RefusalKind::Busy, Some(inside)) => gate.refused(inside, watch.pause, Instant::now()),
+                    _ => false,
+                };
+                if changed {
+                    workers.note_change();
+                }
+                if refused.kind == RefusalKind::Loading {
+                    self.trouble.notify_one();
                 }
                 refused.message = clean(refused.message);
                 last_word.send(Answer::Refused(refused));

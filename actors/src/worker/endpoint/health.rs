@@ -140,9 +140,8 @@ mod tests {
     #[test]
     fn the_model_is_found_in_lists_of_all_servers() {
         let found = |body: &str, wanted| choose(body.as_bytes(), wanted);
-        let model = |name: &str, context_length| {
-            Ok(FoundModel { name: name.into(), context_length, owner: String::new() })
-        };
+        let model =
+            |name: &str, context_length| Ok(FoundModel { name: name.into(), context_length, owner: String::new() });
         let llama =
             r#"{"object":"list","data":[{"id":"m.gguf","object":"model","meta":{"n_ctx_train":2048}}],"models":[]}"#;
         let vllm = r#"{"data":[{"id":"a","max_model_len":4096},{"id":"b"}]}"#;

@@ -303,7 +303,8 @@ impl EndpointWorker {
         let now = Instant::now();
         if let Some(pause) = self.gate.pause(now) {
             let wait = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
-            let message = format!("the endpoint {url} has no room and asks to be left alone for {} s", wait.div_ceil(1_000));
+            let message =
+                format!("the endpoint {url} has no room and asks to be left alone for {} s", wait.div_ceil(1_000));
             return Err(not_now(RefusalKind::Busy, message, wait));
         }
         let bytes: usize = request.messages.iter().map(|message| message.content.len()).sum();

@@ -27,7 +27,9 @@ fn continuation(request: &Request, far: &FarSide) -> Result<Option<(Message, Con
         return cannot(format!("{program} is not known to go on with an answer that was begun elsewhere"));
     };
     if request.resume_text.is_empty() {
-        return cannot("an answer of which only tokens are known cannot go on at an endpoint, which takes texts".into());
+        return cannot(
+            "an answer of which only tokens are known cannot go on at an endpoint, which takes texts".into(),
+        );
     }
     if request.messages.last().is_some_and(|last| last.role == Role::Assistant) {
         return cannot("an answer behind an unfinished one of the assistant's cannot go on at an endpoint".into());
@@ -285,7 +287,8 @@ mod tests {
         };
         for program in [Program::LlamaCpp, Program::Vllm, Program::Ollama] {
             let body = json(&begun, program);
-            let said = serde_json::json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "so far"}]);
+            let said =
+                serde_json::json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "so far"}]);
             assert_eq!(body["messages"], said, "{program:?}");
             assert_eq!((&body["max_tokens"], &body["min_tokens"]), (&7.into(), &2.into()));
             let flags = (&body["continue_final_message"], &body["add_generation_prompt"]);

@@ -207,7 +207,9 @@ fn quoted(text: &str) -> String {
 fn rendered(offers: &[Offer], ports: &[u16]) -> String {
     if offers.is_empty() {
         let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
-        return format!("No server that speaks OpenAI's HTTP was found on this machine (looked at the ports {ports}).\n");
+        return format!(
+            "No server that speaks OpenAI's HTTP was found on this machine (looked at the ports {ports}).\n"
+        );
     }
     let mut text = String::new();
     let mut at = "";
@@ -218,7 +220,10 @@ fn rendered(offers: &[Offer], ports: &[u16]) -> String {
         }
         let name = offer.name.as_deref().unwrap_or_default();
         text += &match (&offer.known_as, offer.needs_key) {
-            (_, true) => format!("  it wants a key: put it into a variable where the node is started, and type\n    {}\n", offer.command),
+            (_, true) => format!(
+                "  it wants a key: put it into a variable where the node is started, and type\n    {}\n",
+                offer.command
+            ),
             (Some(known), _) => format!("  {known}: registered already, or a node's own\n"),
             (None, false) if offer.added || offer.error.is_some() => format!("  {}\n", offer.outcome()),
             (None, false) => format!("  {name}\n    {}\n", offer.command),
@@ -308,7 +313,8 @@ mod tests {
             server("llama.cpp b1", 8081, &["llama3"]),
             server("llama.cpp b1", 8082, &["llama3"]),
         ];
-        let endpoint = ShownEndpoint { url: "http://127.0.0.1:11434".into(), model: Some("qwen".into()), api_key_env: None };
+        let endpoint =
+            ShownEndpoint { url: "http://127.0.0.1:11434".into(), model: Some("qwen".into()), api_key_env: None };
         let models = vec![
             shown("mine", Some(endpoint), ""),
             shown("llama3", None, "cpu"),
@@ -358,6 +364,6 @@ mod tests {
         let mut asking = Asking::default();
         assert!(asking.understand("Y\n") && !asking.understand("n") && !asking.understand("\n"));
         assert!(asking.understand("all\n") && asking.all);
-        assert!(!Asking::default().understand("q") );
+        assert!(!Asking::default().understand("q"));
     }
 }
