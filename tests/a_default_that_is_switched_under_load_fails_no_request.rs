@@ -56,7 +56,7 @@ async fn a_default_that_is_switched_under_load_fails_no_request() {
     assert!(sum.iter().all(|answers| *answers > 0), "{sum:?}");
 
     // One that nobody could ask is not chosen by mistake.
-    mini.models(&["add", "--name", "absent", "--source", "hf:owner/name/model.gguf"]).await;
+    mini.models(&["add", "--name", "absent", "--source", "hf:owner/name/model.gguf", "--unchecked"]).await;
     let refused = mini.ingle(&["models", "set-default", "absent"]).await.fails_with(1);
     assert!(refused.contains("--force"), "{refused}");
     mini.ingle(&["models", "set-default", "nobody"]).await.fails_with(1);

@@ -35,7 +35,19 @@ async fn a_model_said_on_one_node_is_known_on_all() {
     // A file that nobody has loaded is absent, and says so to who asks for it.
     let sha256 = "ab".repeat(32);
     let source = "hf:owner/name/model.gguf";
-    mini.models(&["add", "--name", "minilm", "--type", "embedding", "--source", source, "--sha256", &sha256]).await;
+    mini.models(&[
+        "add",
+        "--name",
+        "minilm",
+        "--type",
+        "embedding",
+        "--source",
+        source,
+        "--sha256",
+        &sha256,
+        "--unchecked",
+    ])
+    .await;
     let absent = tower.until_model("minilm", "it is known", |model| model["source"] == source).await;
     assert_eq!((&absent["sha256"], &absent["nodes"][0]["state"]), (&json!(sha256), &json!("absent")), "{absent}");
     let asked = tower.ask(&to("minilm", "hello")).await;
@@ -59,7 +71,7 @@ async fn a_model_said_on_one_node_is_known_on_all() {
 async fn a_running_model_takes_what_is_set_of_it_on_another_node() {
     let (tower, mini) = tower_and_mini().await;
     // The name of what runs there.
-    mini.models(&["add", "--name", "echo", "--source", "hf:owner/name/model.gguf"]).await;
+    mini.models(&["add", "--name", "echo", "--source", "hf:owner/name/model.gguf", "--unchecked"]).await;
     tower.until_registered(&["echo"]).await;
     mini.models(&["set", "echo", "max_tokens=5"]).await;
     let taken = async || (tower.ask(&echo("hello world")).await.text() == "hello").then_some(());

@@ -26,6 +26,7 @@ mod a_model_that_cannot_be_fetched_is_said;
 mod a_new_version_takes_over_without_a_failed_request;
 mod a_node_that_ends_lets_answers_finish;
 mod a_refused_parameter_changes_nothing;
+mod a_registered_model_comes_to_a_machine_by_itself;
 mod a_running_node_joins_and_keeps_its_model;
 mod a_script_does_not_starve_a_person;
 mod a_second_connection_disturbs_no_answer;

@@ -2,7 +2,7 @@
 
 use crate::harness::*;
 
-const SOURCE: [&str; 2] = ["--source", "hf:owner/name/model.gguf"];
+const SOURCE: [&str; 3] = ["--source", "hf:owner/name/model.gguf", "--unchecked"];
 
 async fn add(machine: &Machine, name: &str) {
     machine.models(&[&["add", "--name", name], &SOURCE[..]].concat()).await;

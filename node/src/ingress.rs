@@ -47,14 +47,10 @@ fn hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     Some(bytes)
 }
 
-/// Lower-case hex.
-pub fn to_hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ingle_actors::protocol::to_hex;
 
     #[test]
     fn a_valid_traceparent_is_continued_and_all_others_start_anew() {

@@ -8,6 +8,7 @@ pub mod ids;
 pub mod liveness;
 pub mod memory;
 pub mod names;
+pub mod placement;
 pub mod prefix;
 pub mod raw_json;
 pub mod recovery;
@@ -15,4 +16,4 @@ pub mod registry;
 pub mod routing;
 pub mod wire;
 
-pub use ids::{ClusterId, EngineId, ModelDigest, NodeId, RequestId};
+pub use ids::{ClusterId, EngineId, ModelDigest, NodeId, RequestId, to_hex};

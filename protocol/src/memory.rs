@@ -96,13 +96,21 @@ pub struct Refusal {
     pub staying: Vec<(String, u64, Stays)>,
 }
 
+/// What [`Refusal::in_words`] says, and nothing else does.
+const NO_ROOM: &str = "of memory (weights ";
+
+/// A state's reason is that there was no room: another machine may have some.
+pub fn is_no_room(why: &str) -> bool {
+    why.contains(NO_ROOM)
+}
+
 impl Refusal {
     /// In words: what is needed, what there is, who has it, what to do.
     pub fn in_words(&self, name: &str) -> String {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         let Need { weights, kv, other } = self.need;
         let mut text = format!(
-            "`{name}` needs {} MiB of memory (weights {} MiB, keys and values {} MiB, {} MiB for everything else), but \
+            "`{name}` needs {} MiB {NO_ROOM}{} MiB, keys and values {} MiB, {} MiB for everything else), but \
              only {} MiB are left for it here",
             mib(self.need.total()),
             mib(weights),
@@ -128,6 +136,15 @@ impl Refusal {
             text += &format!(" ({})", staying.join(", "));
         }
         text + ": unload a model, choose a smaller one, or lower its context_length"
+    }
+}
+
+/// Bytes that there would be for one more model if all that may go had gone.
+pub fn at_best(memory: Memory, residents: &[Resident]) -> u64 {
+    match plan(Need { weights: u64::MAX, ..Need::default() }, memory, residents) {
+        Plan::Refuse(refusal) => refusal.at_best,
+        // Where nobody says what there is.
+        Plan::Fits { .. } | Plan::Evict(_) => u64::MAX,
     }
 }
 
@@ -215,7 +232,10 @@ mod tests {
             panic!("it cannot fit");
         };
         assert_eq!((refusal.left, refusal.at_best), (50 * MIB, 100 * MIB));
+        assert_eq!(at_best(limit(300), &there), 100 * MIB);
+        assert_eq!(at_best(Memory { free: None, most: None }, &there), u64::MAX);
         let words = refusal.in_words("big");
+        assert!(is_no_room(&words) && !is_no_room("the file is damaged"));
         for part in ["`big` needs 165 MiB", "weights 150 MiB", "keys and values 10 MiB", "only 100 MiB", "300 MiB"] {
             assert!(words.contains(part), "{part:?} in {words:?}");
         }

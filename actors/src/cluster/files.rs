@@ -8,6 +8,7 @@
 mod give;
 mod take;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -88,6 +89,11 @@ impl FileShare {
     /// What this node has, with every change of it.
     pub(super) fn held(&self) -> watch::Receiver<HeldFiles> {
         self.held.subscribe()
+    }
+
+    /// The files that this node gives.
+    pub(crate) fn files(&self) -> HashSet<ModelDigest> {
+        self.held.borrow().files.iter().copied().collect()
     }
 
     /// The files that are there, those used last first where there are too many.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ingle_protocol::NodeId;
 use ingle_protocol::liveness::PULSE_INTERVAL;
-use ingle_protocol::wire::v2::{Goodbye, HeldFiles, NodeFacts, Pulse, RegistryEntry};
+use ingle_protocol::wire::v2::{Capability, Goodbye, HeldFiles, NodeFacts, Pulse, RegistryEntry};
 use ingle_protocol::wire::{Body as _, StreamKind, Version, Versioned as _, WireError};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::io::AsyncReadExt;
@@ -168,6 +168,9 @@ async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, link: PeerLink, cance
     let mut files = mesh.share.held();
     files.mark_changed();
     let takes_files = HeldFiles::default().encode_for(link.version).is_ok();
+    let mut capability = mesh.workers.capability();
+    capability.mark_changed();
+    let takes_capability = link.version.limit_of(Capability::KIND).is_some();
     let mut registry = mesh.registry.changes();
     registry.mark_changed();
     // A peer that is too old for the registry has no part in it.
@@ -178,6 +181,12 @@ async fn send_facts(mesh: Arc<Mesh>, mut send: SendStream, link: PeerLink, cance
             changed = files.changed(), if takes_files => {
                 let held = files.borrow_and_update().clone();
                 if changed.is_err() || write_body_in(link.version, &mut send, &held).await.is_err() {
+                    return;
+                }
+            }
+            changed = capability.changed(), if takes_capability => {
+                let could = *capability.borrow_and_update();
+                if changed.is_err() || write_body_in(link.version, &mut send, &could).await.is_err() {
                     return;
                 }
             }
@@ -240,6 +249,9 @@ async fn receive_facts(mesh: Arc<Mesh>, mut receive: RecvStream, link: PeerLink)
             }),
             HeldFiles::KIND => HeldFiles::decode_for(&frame, link.version).map(|held| {
                 mesh.roster.holds(link.node, link.connection.stable_id(), held);
+            }),
+            Capability::KIND => Capability::decode_for(&frame, link.version).map(|capability| {
+                mesh.roster.could(link.node, link.connection.stable_id(), capability);
             }),
             Goodbye::KIND => Goodbye::decode_for(&frame, link.version).map(|goodbye| {
                 mesh.roster.left(link.node, link.connection.stable_id(), &goodbye.why);

@@ -87,9 +87,10 @@ pub struct Mesh {
     /// Set while the node goes over to another cluster: what this mesh would store then would overwrite that.
     frozen: Mutex<bool>,
     failed: watch::Sender<Option<String>>,
-    share: Arc<FileShare>,
     tasks: TaskTracker,
     cancel: CancellationToken,
+    /// The model files that this node gives.
+    pub share: Arc<FileShare>,
     /// The members.
     pub roster: Roster,
     /// The tokens that this node made.

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ingle_protocol::liveness::{Health, PeerWatch};
-use ingle_protocol::wire::v2::{EnginePulse, HeldFiles, MOST_HELD_FILES, MemberHint, NodeFacts, Pulse};
+use ingle_protocol::wire::v2::{Capability, EnginePulse, HeldFiles, MOST_HELD_FILES, MemberHint, NodeFacts, Pulse};
 use ingle_protocol::{EngineId, ModelDigest, NodeId};
 
 use super::join::is_valid_name;
@@ -32,6 +32,8 @@ pub struct Member {
     pub engines: BTreeMap<EngineId, EnginePulse>,
     /// Model files that it gives, by its word; `None` until it has said so.
     pub files: Option<HashSet<ModelDigest>>,
+    /// What it could do with one more model, by its word; `None` until it has said so.
+    pub capability: Option<Capability>,
     /// The connection to it, while one stands.
     pub link: Option<PeerLink>,
     /// As last measured through the control plane.
@@ -190,6 +192,13 @@ impl Roster {
     pub fn holds(&self, node: NodeId, connection: usize, held: HeldFiles) {
         if let Some(member) = self.lock().get_mut(&node).filter(|member| member.is_on(connection)) {
             member.files = Some(held.files.into_iter().take(MOST_HELD_FILES).collect());
+        }
+    }
+
+    /// What a member could do with one more model.
+    pub fn could(&self, node: NodeId, connection: usize, capability: Capability) {
+        if let Some(member) = self.lock().get_mut(&node).filter(|member| member.is_on(connection)) {
+            member.capability = Some(capability);
         }
     }
 

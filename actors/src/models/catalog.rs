@@ -4,6 +4,7 @@ use std::fmt;
 
 use ingle_protocol::ModelDigest;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 /// A model that can be fetched.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +17,28 @@ pub struct CatalogModel {
     pub size: Option<u64>,
     /// Where to get it, in the order in which to try.
     pub sources: Vec<SourceSpec>,
+}
+
+/// A model that can be fetched, of whose file nothing is known yet but where it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirstModel {
+    /// The name that requests use.
+    pub name: String,
+    /// Where to get it.
+    pub source: SourceSpec,
+}
+
+impl FirstModel {
+    /// It, once its file's hash is known.
+    pub(crate) fn known_as(&self, digest: ModelDigest) -> CatalogModel {
+        CatalogModel { name: self.name.clone(), digest, size: None, sources: vec![self.source.clone()] }
+    }
+
+    /// It as the store works on it: under the hash of its source's text, as there is none of its file.
+    pub(super) fn as_unknown(&self) -> CatalogModel {
+        let work = ModelDigest(Sha256::digest(format!("first {:?}", self.source)).into());
+        CatalogModel { name: self.name.clone(), digest: work, size: None, sources: vec![self.source.clone()] }
+    }
 }
 
 /// One place that has a model's file.

@@ -94,6 +94,7 @@ impl Fetch<'_> {
         let (mut liars, mut failures) = (HashSet::new(), Vec::new());
         for _ in 0..MOST_LISTS {
             let Some((list, givers)) = self.agreed_list(holders, &mut liars, &mut failures).await else { break };
+            self.make_room(list.size).await?;
             let mut swarm = Swarm::begin(self, &shown, holders, list, givers, &liars).await?;
             let finished = swarm.run().await;
             let members: Vec<NodeId> = swarm.givers.keys().copied().collect();

@@ -31,6 +31,8 @@ const SHOW_EVERY: Duration = Duration::from_millis(100);
 pub(super) struct Fetch<'a> {
     pub(super) store: &'a ModelStore,
     pub(super) model: &'a CatalogModel,
+    /// The model's digest is that of its file; else whatever comes is the file.
+    pub(super) is_known: bool,
     pub(super) part: Part,
     pub(super) lock: Arc<FileLock>,
     pub(super) progress: &'a (dyn Fn(ModelState) + Send + Sync),
@@ -80,6 +82,7 @@ impl Fetch<'_> {
             return Err(SourceError::WrongSize { got: size, expected });
         }
         shown.set_total(size);
+        self.make_room(size).await?;
 
         let note = file.tag().map(|tag| Note { source: name.to_owned(), tag: tag.to_owned(), size });
         let mut start = note.as_ref().map_or(0, |note| self.part.resumable(note));
@@ -125,20 +128,39 @@ impl Fetch<'_> {
 
         (self.progress)(ModelState::Verifying);
         let (store, expected, part, lock) = (self.store.clone(), *digest, self.part.clone(), self.lock.clone());
+        let is_known = self.is_known;
         let check = move || {
             let _lock = lock;
             let got = finish(hasher);
-            if got != expected {
+            if is_known && got != expected {
                 let moved_to = store.corrupt_path(&expected);
                 part.move_aside(&moved_to).map_err(SourceError::io("moving the file aside"))?;
                 return Err(SourceError::Altered { got, expected, moved_to });
             }
-            let path = store.path_of(&expected);
+            if !is_known {
+                // A page that says why there is no file is none.
+                if let Err(error) = ingle_engine::inspect(&part.path) {
+                    let _ = part.remove();
+                    return Err(SourceError::Refused(format!("what it gave is no model: {error}")));
+                }
+                store.note_first(&expected, &got);
+            }
+            let path = store.path_of(&got);
             part.publish(&sink, &path).map_err(SourceError::io("giving the file its name"))?;
-            store.remember(&path, expected);
+            store.remember(&path, got);
             Ok(path)
         };
         blocking(move |_| Ok(check())).await.map_err(SourceError::io("checking the file"))?
+    }
+
+    /// Room for a file of which nobody knew how large it is.
+    pub(super) async fn make_room(&self, size: u64) -> Result<(), SourceError> {
+        if self.model.size.is_some() {
+            return Ok(());
+        }
+        let needed = size.saturating_sub(self.part.len());
+        let made = self.store.make_room(self.model, size, needed).await;
+        made.map_err(|error| SourceError::Refused(error.to_string()))
     }
 
     async fn open(&self, start: u64) -> Result<(std::fs::File, sha2::Sha256), SourceError> {

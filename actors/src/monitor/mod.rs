@@ -3,6 +3,7 @@
 mod latency;
 mod status;
 
+use ingle_protocol::to_hex;
 use ingle_protocol::wire::v2::Request;
 
 pub use latency::{Latencies, Outcome, Timeline};
@@ -14,12 +15,8 @@ pub fn request_span(hop: &'static str, request: &Request) -> tracing::Span {
         "request",
         hop,
         request_id = %request.request_id,
-        trace_id = %hex(&request.trace.trace_id),
+        trace_id = %to_hex(&request.trace.trace_id),
         attempt = request.attempt,
         model = request.model,
     )
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

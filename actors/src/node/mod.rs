@@ -38,10 +38,10 @@ use crate::identity::Identity;
 use crate::models::{ClientError, Holders};
 use crate::monitor::ClusterStatus;
 use crate::platform::{FileLock, create_private_dir, hardware};
-use crate::registry::{self, EndpointKeeper, ModelRegistry};
+use crate::registry::{self, EndpointKeeper, ModelRegistry, Placer};
 use crate::supervisor::{Service, Supervision};
 use crate::worker::manager::{LoadError, ManagerOptions, ModelManager};
-use crate::worker::{EndpointWorker, ModelWorker, Worker, Workers};
+use crate::worker::{EndpointWorker, Worker, Workers};
 use joining::{join_cluster, mint};
 pub(crate) use state_dir::check_model_file;
 use state_dir::{load_or_found, open_state_dir, quic_error, state_dir_error};
@@ -122,7 +122,8 @@ impl Node {
         let keeping = models.clone();
         services.push(Service::new("models", move |cancel| keeping.clone().run(cancel)));
         let setting: Arc<tokio::sync::Mutex<()>> = Arc::default();
-        services.extend(registry_services(&options, &registry, &workers, models.own().as_ref(), &setting));
+        services.extend(registry_services(&options, &registry, &workers, &models, &setting));
+        services.push(placement_service(&options, &mesh, &registry, &models, &workers));
         for worker in &endpoints {
             let worker = worker.clone();
             services.push(Service::new("endpoint", move |cancel| worker.clone().run(cancel)));
@@ -318,23 +319,41 @@ fn registry_services(
     options: &NodeOptions,
     registry: &Arc<ModelRegistry>,
     workers: &Arc<Workers>,
-    model: Option<&Arc<ModelWorker>>,
+    models: &Arc<ModelManager>,
     setting: &Arc<tokio::sync::Mutex<()>>,
 ) -> Vec<Service> {
     let keeping = registry.clone();
     let keeper =
         Arc::new(EndpointKeeper { own: options.name.clone(), registry: registry.clone(), workers: workers.clone() });
-    let mut services = vec![
+    let (registry, models, setting) = (registry.clone(), models.clone(), setting.clone());
+    vec![
         Service::new("registry", move |cancel| keeping.clone().keep(cancel)),
         Service::new("endpoints", move |cancel| keeper.clone().run(cancel)),
-    ];
-    if let Some(model) = model {
-        let (registry, model, setting) = (registry.clone(), model.clone(), setting.clone());
-        services.push(Service::new("parameters", move |cancel| {
-            registry::follow(registry.clone(), model.clone(), setting.clone(), cancel)
-        }));
-    }
-    services
+        Service::new("parameters", move |cancel| {
+            registry::follow(registry.clone(), models.clone(), setting.clone(), cancel)
+        }),
+    ]
+}
+
+/// What brings registered models to this node.
+fn placement_service(
+    options: &NodeOptions,
+    mesh: &Arc<ArcSwapOption<Mesh>>,
+    registry: &Arc<ModelRegistry>,
+    models: &Arc<ModelManager>,
+    workers: &Arc<Workers>,
+) -> Service {
+    let has_card = || !crate::platform::graphics_cards().is_empty();
+    let placer = Arc::new(Placer {
+        own: options.name.clone(),
+        rules: options.placement,
+        on_card: cfg!(feature = "gpu") && options.device != DeviceKind::Cpu && has_card(),
+        mesh: mesh.clone(),
+        registry: registry.clone(),
+        models: models.clone(),
+        workers: workers.clone(),
+    });
+    Service::new("placement", move |cancel| placer.clone().run(cancel))
 }
 
 /// Runs the mesh; starts it anew when the identity on disk was replaced.

@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ingle_protocol::ModelDigest;
 use serde::{Deserialize, Serialize};
 
 use super::parameters::GivenParameters;
 use crate::gateway::AdmissionOptions;
-use crate::models::CatalogModel;
+use crate::models::{CatalogModel, FirstModel, default_model};
+use crate::registry::PlacementRules;
 use crate::worker::EndpointOptions;
 
 /// Which model a node runs.
@@ -18,10 +20,38 @@ pub enum ModelChoice {
     Default,
     /// A GGUF file, taken as it is.
     File(PathBuf),
+    /// A file of this machine that has this hash, taken as it is; where it is gone, the same content from elsewhere.
+    LocalFile {
+        /// Where it is.
+        path: PathBuf,
+        /// Its content.
+        digest: ModelDigest,
+    },
     /// A file that is known by its hash, fetched where it is missing.
     Source(CatalogModel),
+    /// A file whose hash nobody knows: what its source gives the first time is what it is from then on.
+    First(FirstModel),
+    /// Another one, its weights in this format.
+    Quantized {
+        /// The file that it is made from.
+        inner: Box<ModelChoice>,
+        /// The format, as `ingle models quantize --to` takes it.
+        to: String,
+    },
     /// The deterministic engine for tests.
     Echo,
+}
+
+impl ModelChoice {
+    /// The hash of its file, where that is known beforehand.
+    pub fn digest(&self) -> Option<ModelDigest> {
+        match self {
+            Self::Default => Some(default_model().digest),
+            Self::Source(model) => Some(model.digest),
+            Self::LocalFile { digest, .. } => Some(*digest),
+            Self::File(_) | Self::First(_) | Self::Quantized { .. } | Self::Echo => None,
+        }
+    }
 }
 
 /// What an engine computes on.
@@ -91,6 +121,8 @@ pub struct NodeOptions {
     pub parameters: GivenParameters,
     /// Bytes of memory that all models of this node may take; `None` for as much as there is.
     pub model_memory: Option<u64>,
+    /// What this node takes of the models that are registered for any.
+    pub placement: PlacementRules,
     /// Bounds of what may wait for the workers.
     pub admission: AdmissionOptions,
     /// Servers elsewhere that answer for more models.

@@ -1,26 +1,32 @@
 //! The household's models, as commands change and show them.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use ingle_protocol::ModelDigest;
+use ingle_engine::quantize::Target;
 use ingle_protocol::names::{check_model, near};
 use ingle_protocol::registry::{
-    Endpoint, KeepAlive, ModelType, NewModel, Origin, Record, Registry, Source as FileSource,
+    Endpoint, KeepAlive, ModelType, NewModel, Origin, Record, Registry, Source as FileSource, Value,
 };
-use ingle_protocol::wire::v2::ModelState;
+use ingle_protocol::wire::v2::{Message, ModelState, Priority, Role, Sampling, TraceContext};
+use ingle_protocol::{ModelDigest, RequestId};
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::setting::no_model;
 use super::state_dir::check_model_file;
 use super::{GivenParameters, Layers, Node, Outcome, Parameter, ParameterChanges, ParameterValue, ShownParameters};
-use crate::gateway::{DEFAULT_MODEL, OfferedModel, unknown_model};
-use crate::registry::{RegistryStatus, ShownModel, checked_parameters, options_of, registry_status, to_values};
+use crate::gateway::{ChatRequest, DEFAULT_MODEL, OfferedModel, unknown_model};
+use crate::registry::{
+    QUANTIZATION, RegistryStatus, ShownModel, View, checked_parameters, options_of, registry_status, to_values,
+};
 use crate::worker::endpoint::{EndpointUrl, ask_once};
 
 /// How long a new endpoint may take until it is known whether it answers. It goes on by itself afterwards.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
+/// How long a model may take to be loaded that is to be the default.
+const WAKE_DEADLINE: Duration = Duration::from_secs(300);
 
 /// A model that somebody wants to register.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +45,8 @@ pub struct Registration {
     pub keep_alive: Option<KeepAlive>,
     /// Parameters that are not the usual ones.
     pub parameters: GivenParameters,
+    /// The format that its weights are converted to; `None` for that of its file.
+    pub quantization: Option<String>,
     /// Names of the nodes that are to have it; empty for any, and for an endpoint this node.
     pub pins: Vec<String>,
     /// Do not ask the endpoint first whether it is there and has the model.
@@ -59,6 +67,16 @@ pub struct ModelDetails {
     pub parameters: Option<ShownParameters>,
     /// What the registry and the nodes say of it; `None` where only this node's settings know it.
     pub model: Option<ShownModel>,
+}
+
+/// The name of a format that weights can be converted to.
+fn format_named(text: &str) -> Result<String, String> {
+    text.parse::<Target>().map(|format| format.to_string().to_ascii_lowercase())
+}
+
+/// It is loaded when somebody asks for it.
+fn is_on_demand(state: &ModelState) -> bool {
+    matches!(state, ModelState::Absent | ModelState::Unloaded)
 }
 
 /// A change that this node cannot make now.
@@ -95,7 +113,8 @@ impl Node {
     }
 
     async fn check_registration(&self, asked: Registration) -> Result<NewModel, String> {
-        let Registration { name, kind, source, endpoint, sha256, keep_alive, parameters, pins, unchecked } = asked;
+        let Registration { name, kind, source, endpoint, sha256, keep_alive, pins, unchecked, .. } = asked;
+        let Registration { parameters, quantization, .. } = asked;
         check_model(&name).map_err(|error| error.to_string())?;
         if self.registry.model(&name).is_some() {
             return Err(ingle_protocol::registry::RegistryError::Exists(name).to_string());
@@ -114,7 +133,14 @@ impl Node {
             (Some(source), None) => {
                 let read: FileSource =
                     source.parse().map_err(|error: ingle_protocol::registry::SourceError| error.to_string())?;
-                if let (FileSource::File(path), true) = (&read, here(&pins)) {
+                if let FileSource::File(path) = &read {
+                    if !here(&pins) {
+                        return Err(format!(
+                            "{path} is a file of this machine, which others copy from it: pin the model to `{}` too, or \
+                             type this on the machine that has the file",
+                            self.options.name
+                        ));
+                    }
                     check_file(path.clone()).await?;
                 }
                 (Origin::Source(read.to_string()), pins)
@@ -129,7 +155,14 @@ impl Node {
             }
             _ => return Err("a model has either a source or an endpoint".into()),
         };
-        let parameters = parameters.0.iter().map(|(name, value)| (name.as_str().to_owned(), value.into())).collect();
+        let mut parameters: BTreeMap<String, Value> =
+            parameters.0.iter().map(|(name, value)| (name.as_str().to_owned(), value.into())).collect();
+        if let Some(to) = quantization {
+            if matches!(origin, Origin::Endpoint(_)) {
+                return Err("the far server's weights are its own business: an endpoint has no quantization".into());
+            }
+            parameters.insert(QUANTIZATION.into(), Value::Word(format_named(&to)?));
+        }
         Ok(NewModel { name, kind, origin, sha256, keep_alive, parameters, pins })
     }
 
@@ -189,11 +222,19 @@ impl Node {
             if offered.is_none() {
                 self.known_model(name)?;
             }
+            let is_asleep = offered.is_some_and(|model| model.nodes.is_empty() && is_on_demand(&model.state));
+            let woken = if is_asleep && !force { self.wake(name).await } else { Ok(()) };
+            let models = self.gateway.models();
+            let offered = models.iter().find(|model| model.name == *name);
             let state = match offered {
                 Some(offered) if !offered.nodes.is_empty() => None,
                 Some(offered) => Some(offered.state.words()),
                 None => Some("loaded on no machine".into()),
             };
+            // One that is there, and has no answer to such a question, is there.
+            if state.is_some() {
+                woken?;
+            }
             if let (Some(state), false) = (state, force) {
                 return Err(format!(
                     "`{name}` cannot answer now (it is {state}), and every request without a model would fail: with \
@@ -202,6 +243,24 @@ impl Node {
             }
         }
         self.write(|registry, at| registry.set_default(name, at)).await
+    }
+
+    /// Asks a model that is known and not loaded for a token: it is loaded for that, so that nobody who asks for the
+    /// default has to wait.
+    async fn wake(&self, name: &str) -> Result<(), String> {
+        let request = ChatRequest {
+            request_id: RequestId(rand::random()),
+            trace: TraceContext::default(),
+            principal: "local".into(),
+            priority: Priority::Interactive,
+            deadline: WAKE_DEADLINE,
+            model: name.to_owned(),
+            messages: vec![Message { role: Role::User, content: "Hello".into(), extra: vec![] }],
+            sampling: Sampling { temperature: 0.0, max_tokens: Some(1), ..Sampling::default() },
+            extra: vec![],
+        };
+        let asked = Box::pin(self.chat(request)).await;
+        asked.map(drop).map_err(|error| format!("`{name}` is not loaded, and loading it failed: {error}"))
     }
 
     /// Pins a model to exactly these nodes.
@@ -214,12 +273,36 @@ impl Node {
         self.write(|registry, at| registry.set_pins(name, &nodes, at)).await
     }
 
+    /// Says how long a registered model stays loaded when nobody asks it; `None` for as long as its memory is not
+    /// needed.
+    pub async fn set_keep_alive(&self, asked: &str, keep_alive: Option<KeepAlive>) -> Result<(), String> {
+        let name = self.meant(asked);
+        if self.known_model(&name)?.endpoint().is_some() {
+            return Err(format!("`{name}` is an endpoint: its server decides what it keeps loaded"));
+        }
+        self.write(|registry, at| registry.set_keep_alive(&name, keep_alive, at)).await
+    }
+
+    /// Has the weights of a registered model converted to a format, wherever it is loaded; `None` for that of its file.
+    /// Another version of it takes over where it is loaded.
+    pub async fn set_quantization(&self, asked: &str, to: Option<&str>) -> Result<(), String> {
+        let name = self.meant(asked);
+        if self.known_model(&name)?.endpoint().is_some() {
+            return Err(format!("`{name}` is an endpoint: its weights are its server's business"));
+        }
+        let value = to.map(format_named).transpose()?.map(Value::Word);
+        let changes = BTreeMap::from([(QUANTIZATION.to_owned(), value)]);
+        self.write(|registry, at| registry.set_parameters(&name, &changes, at)).await
+    }
+
     /// All models, registered or not, with how they are on all nodes.
     pub fn registry_status(&self) -> Result<RegistryStatus, String> {
         let default = self.gateway.models().into_iter().find(|model| model.is_default).map(|model| model.name);
         let registry = self.registry.snapshot();
         let default = registry.default_model().name().map(str::to_owned).or(default);
-        Ok(registry_status(&registry, &self.status()?, default.as_deref()))
+        let mesh = self.mesh.load_full().ok_or("this node is changing its cluster; ask again in a moment")?;
+        let view = View::of(&mesh, *self.workers.capability().borrow());
+        Ok(registry_status(&registry, &self.status()?, default.as_deref(), &view))
     }
 
     fn shown_model(&self, name: &str) -> Result<Option<ShownModel>, String> {

@@ -28,6 +28,30 @@ fn main_memory() -> Option<u64> {
     }
 }
 
+/// Bytes that are read for a measurement: more than caches hold, and no more than any machine can spare for a moment.
+const SWEPT: usize = 64 << 20;
+/// Of so many sweeps the fastest counts: the others were disturbed.
+const SWEEPS: u32 = 3;
+
+/// Bytes a second that all cores together read from memory. Takes a tenth of a second. Blocks.
+pub fn memory_bandwidth() -> u64 {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get()).min(16);
+    // Written, or all of it would be the system's one page of zeros.
+    let memory: Vec<u64> = (0..SWEPT as u64 / 8).collect();
+    let share = memory.len().div_ceil(cores);
+    let sweep = || {
+        let began = std::time::Instant::now();
+        std::thread::scope(|scope| {
+            for part in memory.chunks(share) {
+                scope.spawn(move || std::hint::black_box(part.iter().fold(0u64, |sum, word| sum.wrapping_add(*word))));
+            }
+        });
+        began.elapsed()
+    };
+    let best = (0..SWEEPS).map(|_| sweep()).min().unwrap_or_default();
+    (SWEPT as f64 / best.as_secs_f64().max(1e-6)) as u64
+}
+
 /// Lets this process open as many files as the system permits at all. Returns how many that are.
 pub fn raise_open_files_limit() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

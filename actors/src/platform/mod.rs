@@ -15,5 +15,7 @@ pub use files::{
 };
 pub use graphics::graphics_cards;
 pub use local_socket::{LocalListener, LocalStream, connect, remove_socket};
-pub use machine::{available_disk_space, disk_size, hardware, memory_of, raise_open_files_limit, resident_memory_of};
+pub use machine::{
+    available_disk_space, disk_size, hardware, memory_bandwidth, memory_of, raise_open_files_limit, resident_memory_of,
+};
 pub use signals::EndSignals;

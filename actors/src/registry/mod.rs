@@ -7,8 +7,10 @@
 mod endpoints;
 mod file;
 mod parameters;
+mod placing;
 mod shown;
 mod standin;
+mod view;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,8 +24,11 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use endpoints::{EndpointKeeper, options_of};
 pub(crate) use parameters::{checked_parameters, follow, to_values};
+pub use placing::PlacementRules;
+pub(crate) use placing::Placer;
 pub(crate) use shown::registry_status;
 pub use shown::{OnNode, Overruled, RegistryStatus, ShownEndpoint, ShownModel};
+pub(crate) use view::View;
 
 use self::file::RegistryFile;
 
@@ -32,6 +37,9 @@ const STORE_AGAIN: Duration = Duration::from_secs(5);
 /// For so long after a change of the default model, requests for it may still go to the one before where the new one
 /// cannot answer as far as this node knows: news of the choice may come before news of the model.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+
+/// A registered model's parameter that is none of an engine: the format that its weights are converted to.
+pub(crate) const QUANTIZATION: &str = "quantization";
 
 /// The entry of the default model among the others: no model can be called that.
 const DEFAULT_ENTRY: &str = "default";

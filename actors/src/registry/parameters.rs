@@ -1,4 +1,4 @@
-//! Parameters in the registry: which there can be, and that this node's own model follows them.
+//! Parameters in the registry: which there can be, and that this node's models follow them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ModelRegistry;
 use crate::node::{GivenParameters, ModelParameters, Parameter, ParameterChanges, ParameterError, ParameterValue};
-use crate::worker::{ChangeRequest, ModelWorker};
+use crate::worker::{ChangeRequest, ModelManager};
 
 /// How soon a change is tried again that could not be made (the model loads, or another change is under way).
 const AGAIN: Duration = Duration::from_secs(3);
@@ -56,39 +56,42 @@ fn differences(record: &Record, set: &GivenParameters) -> ParameterChanges {
     wanted.filter(|(name, value)| set.0.get(name) != value.as_ref()).collect()
 }
 
-/// Lets this node's own model have what was said of it on any node, until `cancel`. `setting` is held by whoever sets
+/// Lets this node's models have what was said of them on any node, until `cancel`. `setting` is held by whoever sets
 /// parameters here, which stand in the registry a moment later than in the model.
 pub(crate) async fn follow(
     registry: Arc<ModelRegistry>,
-    model: Arc<ModelWorker>,
+    models: Arc<ModelManager>,
     setting: Arc<tokio::sync::Mutex<()>>,
     cancel: CancellationToken,
 ) -> Result<(), String> {
-    let mut changes = registry.changes();
+    let (mut changes, mut newcomers) = (registry.changes(), models.changes());
     loop {
         changes.mark_unchanged();
+        newcomers.mark_unchanged();
         let mut done = true;
-        {
+        for model in models.workers() {
             let _one_at_a_time = setting.lock().await;
             let record = registry.model(&model.name());
             let wanted = record.map(|record| differences(&record, &model.set_by_command())).unwrap_or_default();
-            if !wanted.is_empty() {
-                let request = ChangeRequest { changes: wanted, restart: false };
-                let (said, _) = mpsc::channel(1);
-                let result = cancel.run_until_cancelled(model.set_parameters(request, said)).await;
-                match result {
-                    None => return Ok(()),
-                    Some(Ok(outcome)) => tracing::info!(?outcome, "parameters set as the registry says"),
-                    Some(Err(why)) => {
-                        tracing::info!(why, "parameters that the registry says are not set yet");
-                        done = false;
-                    }
+            if wanted.is_empty() {
+                continue;
+            }
+            let name = model.name();
+            let request = ChangeRequest { changes: wanted, restart: false };
+            let (said, _) = mpsc::channel(1);
+            match cancel.run_until_cancelled(model.set_parameters(request, said)).await {
+                None => return Ok(()),
+                Some(Ok(outcome)) => tracing::info!(model = name, ?outcome, "parameters set as the registry says"),
+                Some(Err(why)) => {
+                    tracing::info!(model = name, why, "parameters that the registry says are not set yet");
+                    done = false;
                 }
             }
         }
         tokio::select! {
             () = cancel.cancelled() => return Ok(()),
             changed = changes.changed() => changed.map_err(|error| error.to_string())?,
+            changed = newcomers.changed() => changed.map_err(|error| error.to_string())?,
             () = tokio::time::sleep(AGAIN), if !done => {}
         }
     }

@@ -6,6 +6,7 @@ use ingle_protocol::NodeId;
 use ingle_protocol::registry::{ModelType, Record, Registry, Stamp};
 use serde::{Deserialize, Serialize};
 
+use super::view::View;
 use crate::monitor::{ClusterStatus, ModelStatus};
 use crate::node::ParameterValue;
 
@@ -89,6 +90,8 @@ pub struct OnNode {
     pub running: u32,
     /// Requests that wait there.
     pub waiting: u32,
+    /// Which choice this node is for the model, and by what; `None` where nothing is to be chosen.
+    pub placement: Option<String>,
 }
 
 /// The name of the node that wrote something; where it is nobody of now, the beginning of its id.
@@ -98,8 +101,20 @@ fn whose(status: &ClusterStatus, node: NodeId) -> String {
 }
 
 /// Puts together what the registry says and what the nodes say.
-pub(crate) fn registry_status(registry: &Registry, status: &ClusterStatus, default: Option<&str>) -> RegistryStatus {
-    let mut models: Vec<ShownModel> = registry.models().map(|record| registered(record, status, default)).collect();
+pub(crate) fn registry_status(
+    registry: &Registry,
+    status: &ClusterStatus,
+    default: Option<&str>,
+    view: &View,
+) -> RegistryStatus {
+    let with_placement = |record: &Record| {
+        let mut model = registered(record, status, default);
+        for on in model.nodes.iter_mut().filter(|_| record.source().is_some() && record.pins().is_empty()) {
+            on.placement = view.placement_in_words(record, &on.node);
+        }
+        model
+    };
+    let mut models: Vec<ShownModel> = registry.models().map(with_placement).collect();
     for model in status.nodes.iter().flat_map(|node| &node.models) {
         if !models.iter().any(|known| known.name == model.name) {
             models.push(of_a_node(&model.name, status, default));
@@ -129,7 +144,14 @@ fn registered(record: &Record, status: &ClusterStatus, default: Option<&str>) ->
         due.chain(pinned.clone()).filter(|name| !nodes.iter().any(|on| on.node == *name)).collect();
     for name in missing {
         if !nodes.iter().any(|on| on.node == name) {
-            nodes.push(OnNode { node: name, state: "absent".into(), backend: String::new(), running: 0, waiting: 0 });
+            nodes.push(OnNode {
+                node: name,
+                state: "absent".into(),
+                backend: String::new(),
+                running: 0,
+                waiting: 0,
+                placement: None,
+            });
         }
     }
     let changed: Option<Stamp> = record.changed();
@@ -186,6 +208,7 @@ fn on_nodes(name: &str, status: &ClusterStatus) -> Vec<OnNode> {
         backend: model.backend.clone(),
         running: model.running,
         waiting: model.waiting,
+        placement: None,
     };
     let nodes = status.nodes.iter();
     let models = nodes.flat_map(|node| node.models.iter().map(move |model| (node, model)));

@@ -19,7 +19,7 @@ use super::engine_life::Life;
 use super::model_worker::ModelWorker;
 use super::order::{Order, SAY_AGAIN};
 use super::route::Route;
-use crate::node::{Change, GivenParameters, ModelParameters, Outcome};
+use crate::node::{Change, GivenParameters, ModelParameters, Outcome, ParameterChanges};
 use crate::platform::memory_of;
 
 /// How long an engine may take to get ready when parameters are changed.
@@ -67,9 +67,19 @@ impl ModelWorker {
         order.end(result);
     }
 
+    /// Parameters of a model that is not loaded: they hold when it is.
+    pub(super) async fn set_unloaded(&self, changes: &ParameterChanges) -> Result<Outcome, String> {
+        let (set, values) = self.prepared(changes)?;
+        self.keep(set, values).await.map(|()| Outcome::Stored)
+    }
+
     fn prepare(&self, order: &Order) -> Result<(GivenParameters, ModelParameters), String> {
+        self.prepared(&order.request.changes)
+    }
+
+    fn prepared(&self, changes: &ParameterChanges) -> Result<(GivenParameters, ModelParameters), String> {
         let mut layers = self.status().parameters.clone();
-        layers.set = layers.set.with(&order.request.changes);
+        layers.set = layers.set.with(changes);
         let values = layers.resolve().map_err(|error| error.to_string())?;
         Ok((layers.set, values))
     }

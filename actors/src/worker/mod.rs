@@ -21,7 +21,7 @@ use futures_util::future::BoxFuture;
 use ingle_protocol::NodeId;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v2::{
-    EnginePulse, Failed, FailureKind, Load, ModelFacts, ModelState, RefusalKind, Refused, Request,
+    Capability, EnginePulse, Failed, FailureKind, Load, ModelFacts, ModelState, RefusalKind, Refused, Request,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -68,6 +68,8 @@ pub struct Workers {
     /// Answers that are on their way to other nodes.
     passing: Arc<AtomicU32>,
     changed: watch::Sender<u64>,
+    /// What this node could do with one more model.
+    capability: watch::Sender<Capability>,
 }
 
 impl Default for Workers {
@@ -79,6 +81,7 @@ impl Default for Workers {
             running: Arc::default(),
             passing: Arc::default(),
             changed: watch::Sender::new(0),
+            capability: watch::Sender::default(),
         }
     }
 }
@@ -118,6 +121,25 @@ impl Workers {
     /// Changes whenever slow facts do.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
+    }
+
+    /// What this node could do with one more model, with every change of it that is worth telling.
+    pub fn capability(&self) -> watch::Receiver<Capability> {
+        self.capability.subscribe()
+    }
+
+    /// It could do this now. Small changes are nobody's business.
+    pub fn set_capability(&self, now: Capability) {
+        let near = |a: u64, b: u64| a.abs_diff(b) <= a.max(b) / 8;
+        self.capability.send_if_modified(|known| {
+            let is_same = near(known.room, now.room)
+                && near(known.memory_bandwidth, now.memory_bandwidth)
+                && (known.on_card, known.takes_models) == (now.on_card, now.takes_models);
+            if !is_same {
+                *known = now;
+            }
+            !is_same
+        });
     }
 
     /// The models of this node.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
+use ingle_engine::quantize::Target;
 use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::v2::{EngineReport, ModelState};
 use sha2::{Digest, Sha256};
@@ -18,7 +19,9 @@ use super::Workers;
 use super::forecast::Forecast;
 use super::order::{ChangeRequest, Order, Said};
 use super::route::{Route, Uses};
-use crate::models::{FileInUse, Holders, ModelStore, Origin, StoreError, default_model};
+use crate::models::{
+    CatalogModel, FetchError, FileInUse, FirstModel, Holders, ModelStore, Origin, StoreError, default_model,
+};
 use crate::node::{
     DeviceKind, GivenParameters, Layers, ModelChoice, ModelParameters, Outcome, Parameter, ParameterError,
     ParameterFile, ShownParameters,
@@ -26,8 +29,10 @@ use crate::node::{
 
 /// What an echo engine is called.
 const ECHO_NAME: &str = "echo";
-/// A file that could not be fetched is tried again after this long.
-const FETCH_PAUSE: Duration = Duration::from_secs(60);
+/// A file that could not be fetched is tried again after this long, and after twice as long each time that it fails.
+const FETCH_PAUSE: Duration = Duration::from_secs(4);
+/// Up to this.
+const LONGEST_FETCH_PAUSE: Duration = Duration::from_secs(64);
 /// Changes that are handed over at a time: there is one in all.
 const ORDERS: usize = 1;
 /// How long an engine that is no longer wanted may take to end before it is killed.
@@ -81,6 +86,8 @@ pub struct WorkerOptions {
 pub(super) struct Status {
     pub name: String,
     pub digest: Option<ModelDigest>,
+    /// The file that it comes from: another one where it was converted.
+    pub source: Option<ModelDigest>,
     pub state: ModelState,
     pub generation: u32,
     pub route: Option<Arc<Route>>,
@@ -131,8 +138,10 @@ pub struct ModelWorker {
 pub fn model_name_of(choice: &ModelChoice) -> String {
     match choice {
         ModelChoice::Default => default_model().name,
-        ModelChoice::File(path) => crate::models::model_name(path),
+        ModelChoice::File(path) | ModelChoice::LocalFile { path, .. } => crate::models::model_name(path),
         ModelChoice::Source(model) => model.name.clone(),
+        ModelChoice::First(model) => model.name.clone(),
+        ModelChoice::Quantized { inner, to } => format!("{}-{to}", model_name_of(inner)),
         ModelChoice::Echo => ECHO_NAME.to_owned(),
     }
 }
@@ -161,6 +170,7 @@ impl ModelWorker {
         let status = Status {
             name: options.name.clone(),
             digest: matches!(options.choice, ModelChoice::Echo).then(|| digest_of_echo(&options.name)),
+            source: None,
             state: ModelState::Absent,
             generation: 0,
             route: None,
@@ -230,11 +240,44 @@ impl ModelWorker {
     /// Changes parameters and returns when they hold, or are refused and everything is as it was. Dropping this does
     /// not stop the change. One change is under way at a time.
     pub async fn set_parameters(&self, request: ChangeRequest, said: Said) -> Result<Outcome, String> {
+        if matches!(self.status().state, ModelState::Absent | ModelState::Unloaded) {
+            return self.set_unloaded(&request.changes).await;
+        }
         let (reply, replied) = oneshot::channel();
         let busy = || "another change is under way: try again when it is done".to_owned();
         let permit = self.changing.clone().try_acquire_owned().map_err(|_| busy())?;
         self.orders.try_send(Order { request, said, _permit: permit, reply }).map_err(|_| busy())?;
         replied.await.unwrap_or_else(|_| Err("the node is shutting down".into()))
+    }
+
+    /// SHA-256 of the file that it comes from, once it is known.
+    pub(crate) fn source_digest(&self) -> Option<ModelDigest> {
+        self.status().source
+    }
+
+    /// What it was made for.
+    pub(crate) fn choice(&self) -> &ModelChoice {
+        &self.options.choice
+    }
+
+    /// It has what `wanted` says, where it was meant to be `before`: also where what was fetched from somewhere is named
+    /// by its hash now.
+    pub(crate) fn is_what(&self, before: &ModelChoice, wanted: &ModelChoice) -> bool {
+        let source = self.source_digest();
+        let is_source = |choice: &ModelChoice| source.is_some() && choice.digest() == source;
+        match (before, wanted) {
+            (before, wanted) if before == wanted => true,
+            (ModelChoice::Quantized { to: was, .. }, ModelChoice::Quantized { inner, to }) => {
+                was == to && is_source(inner)
+            }
+            (ModelChoice::Quantized { .. }, _) | (_, ModelChoice::Quantized { .. }) => false,
+            (_, wanted) => is_source(wanted),
+        }
+    }
+
+    /// It answers.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.status().state == ModelState::Ready
     }
 
     /// The model's state with every change of it.
@@ -298,12 +341,17 @@ impl ModelWorker {
         // Engines that finish their answers; they end with this.
         let mut retiring = JoinSet::new();
         let running = async {
+            let mut fetch_pause = FETCH_PAUSE;
             loop {
                 let trouble = self.keep_running(&cancel, &mut orders, &mut retiring).await;
                 let (why, pause) = match trouble {
                     Trouble::Over => return,
                     Trouble::Final(why) => (why, None),
-                    Trouble::Fetching(why) => (why, Some(FETCH_PAUSE)),
+                    Trouble::Fetching(why) => {
+                        let pause = fetch_pause;
+                        fetch_pause = (pause * 2).min(LONGEST_FETCH_PAUSE);
+                        (why, Some(pause))
+                    }
                     Trouble::NoRoom(why) => {
                         *self.no_room.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                         (why, None)
@@ -347,34 +395,116 @@ impl ModelWorker {
         Ok(())
     }
 
+    /// Keeps a file in the store for as long as it runs.
+    fn hold(&self, store: &ModelStore, digest: &ModelDigest) -> Result<(), Trouble> {
+        let in_use = store.hold(digest).map_err(|error| Trouble::Fetching(error.to_string()))?;
+        *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = Some(in_use);
+        Ok(())
+    }
+
+    /// Gives the file of this machine that it runs a second name in the store, from where other machines copy it, and
+    /// keeps it there. False where that cannot be.
+    pub(crate) async fn share(&self) -> bool {
+        let choice = match &self.options.choice {
+            ModelChoice::Quantized { inner, .. } => inner.as_ref(),
+            choice => choice,
+        };
+        let (ModelChoice::File(path) | ModelChoice::LocalFile { path, .. }) = choice else { return false };
+        let (Some(digest), Ok(store), path) = (self.source_digest(), self.store(), path.clone()) else { return false };
+        let adopting = tokio::task::spawn_blocking({
+            let store = store.clone();
+            move || store.adopt(&path, &digest)
+        });
+        adopting.await.unwrap_or(false) && self.hold(&store, &digest).is_ok()
+    }
+
+    /// What was fetched once is held to its hash as long as this worker lives.
+    async fn find_first(&self, model: &FirstModel, cancel: &CancellationToken) -> Result<Found, Trouble> {
+        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
+        let known = self.status().source;
+        if let Some(digest) = known {
+            return self.find_known(&model.known_as(digest), cancel).await;
+        }
+        let fetched = store.fetch_first(model, &|state| self.set_state(state), cancel).await;
+        let found = fetched.map_err(|error| Trouble::Fetching(error.to_string()))?;
+        self.hold(&store, &found.0)?;
+        Ok(found)
+    }
+
+    async fn find_known(&self, model: &CatalogModel, cancel: &CancellationToken) -> Result<Found, Trouble> {
+        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
+        self.hold(&store, &model.digest)?;
+        let path = store.ensure(model, &|state| self.set_state(state), cancel).await;
+        Ok((model.digest, path.map_err(|error| Trouble::Fetching(error.to_string()))?))
+    }
+
+    async fn find_local(&self, path: &Path) -> Result<Found, Trouble> {
+        self.set_state(ModelState::Verifying);
+        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
+        let file = store.local_file(path).await.map_err(|error| Trouble::Final(error.to_string()))?;
+        Ok((file.digest, file.path))
+    }
+
+    /// The model's file; `None` for echo.
     pub(super) async fn find_file(&self, cancel: &CancellationToken) -> Result<Option<PathBuf>, Trouble> {
-        let trouble = |error: StoreError| Trouble::Fetching(error.to_string());
-        let catalog = match &self.options.choice {
+        let (choice, to) = match &self.options.choice {
+            ModelChoice::Quantized { inner, to } => (inner.as_ref(), Some(to)),
+            choice => (choice, None),
+        };
+        if to.is_none()
+            && let Some(digest) = choice.digest()
+        {
+            // Known before it is here.
+            self.status().digest = Some(digest);
+        }
+        let found = match choice {
             ModelChoice::Echo => return Ok(None),
-            ModelChoice::Default => Ok(default_model()),
-            ModelChoice::Source(model) => Ok(model.clone()),
-            ModelChoice::File(path) => Err(path),
+            ModelChoice::Default => self.find_known(&default_model(), cancel).await?,
+            ModelChoice::Source(model) => self.find_known(model, cancel).await?,
+            ModelChoice::First(model) => self.find_first(model, cancel).await?,
+            ModelChoice::File(path) => self.find_local(path).await?,
+            ModelChoice::LocalFile { path, digest } => match self.find_local(path).await {
+                Ok(found) if found.0 == *digest => found,
+                Ok((other, _)) => {
+                    let path = path.display();
+                    let why = format!("{path} has SHA-256 {other} now, and was registered as {digest}: add it anew");
+                    return Err(Trouble::Final(why));
+                }
+                // It has gone: perhaps the store has it, or another machine.
+                Err(_) => {
+                    let name = self.name();
+                    let model = CatalogModel { name, digest: *digest, size: None, sources: vec![] };
+                    self.find_known(&model, cancel).await?
+                }
+            },
+            ModelChoice::Quantized { .. } => return Err(Trouble::Final("a model is converted once".into())),
         };
-        let found = match catalog {
-            Ok(model) => {
-                self.status().digest = Some(model.digest);
-                let store = self.store().map_err(trouble)?;
-                let in_use = store.hold(&model.digest).map_err(trouble)?;
-                *self.in_use.lock().unwrap_or_else(PoisonError::into_inner) = Some(in_use);
-                let path = store
-                    .ensure(&model, &|state| self.set_state(state), cancel)
-                    .await
-                    .map_err(|error| Trouble::Fetching(error.to_string()))?;
-                (model.digest, path)
-            }
-            Err(path) => {
-                self.set_state(ModelState::Verifying);
-                let store = self.store().map_err(trouble)?;
-                let file = store.local_file(path).await.map_err(|error| Trouble::Final(error.to_string()))?;
-                (file.digest, file.path)
-            }
+        self.status().source = Some(found.0);
+        let (digest, path) = match to {
+            None => found,
+            Some(to) => self.converted(found, to, cancel).await?,
         };
-        self.status().digest = Some(found.0);
-        Ok(Some(found.1))
+        self.status().digest = Some(digest);
+        Ok(Some(path))
+    }
+
+    /// The file in another format.
+    async fn converted(&self, found: Found, to: &str, cancel: &CancellationToken) -> Result<Found, Trouble> {
+        let to: Target = to.parse().map_err(Trouble::Final)?;
+        let store = self.store().map_err(|error| Trouble::Fetching(error.to_string()))?;
+        self.set_state(ModelState::Loading);
+        let name = self.name();
+        let converting = Box::pin(store.in_format(&name, found.0, &found.1, to));
+        let Some(converted) = cancel.run_until_cancelled(converting).await else { return Err(Trouble::Over) };
+        let converted = converted.map_err(|error| match error {
+            FetchError::Conversion { .. } => Trouble::Final(error.to_string()),
+            error => Trouble::Fetching(error.to_string()),
+        })?;
+        // The file that it was made from may go now.
+        self.hold(&store, &converted.0)?;
+        Ok(converted)
     }
 }
+
+/// A file with the hash of its content.
+type Found = (ModelDigest, PathBuf);

@@ -97,7 +97,8 @@ pub struct SetParameters {
     /// The model's name, or `default`
     #[arg(value_name = "MODEL")]
     pub model: String,
-    /// What to set: context_length, batch_size, max_tokens, prefill_budget, threads, kv_type or kv_memory_mib
+    /// What to set: context_length, batch_size, max_tokens, prefill_budget, threads, kv_type or kv_memory_mib; for a
+    /// registered model also keep_alive, as in 30m, or forever, and quantization, as in q4_k
     #[arg(value_name = "KEY=VALUE", required = true)]
     pub values: Vec<String>,
     /// Let running answers finish and start the engine anew, also where a second one could take over

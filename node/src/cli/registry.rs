@@ -24,8 +24,8 @@ pub struct AddModel {
     /// The environment variable of the node that has that server's key
     #[arg(long, value_name = "VARIABLE", requires = "endpoint", conflicts_with = "source")]
     pub api_key_env: Option<String>,
-    /// Register it also where that server does not answer now
-    #[arg(long, requires = "endpoint", conflicts_with = "source")]
+    /// Register it also where its server does not answer now, and do not wait until its file is loaded somewhere
+    #[arg(long)]
     pub unchecked: bool,
     /// SHA-256 of the file; one with another is refused. Of an endpoint, the file that it answers with: then it is the same
     /// model as on machines that run this file, and answers move between them
@@ -50,7 +50,7 @@ pub struct AddModel {
     /// times
     #[arg(long, value_name = "PORT", requires = "discover", conflicts_with_all = ["source", "endpoint"])]
     pub port: Vec<u16>,
-    /// Parameters, as `ingle models set` takes them; an endpoint has batch_size only: how many answers it writes at once
+    /// Parameters, as `ingle models set` takes them, quantization included; an endpoint has batch_size only: how many answers it writes at once
     #[arg(value_name = "KEY=VALUE|NAME")]
     pub values: Vec<String>,
     /// Print JSON

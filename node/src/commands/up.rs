@@ -132,6 +132,7 @@ fn node_options(settings: &Settings, http: SocketAddr, quic: SocketAddr) -> Node
         model: settings.model.clone(),
         device: settings.device,
         parameters: settings.parameters.clone(),
+        placement: settings.placement,
         model_memory: settings.model_memory,
         admission: settings.admission,
         endpoints: Vec::new(),

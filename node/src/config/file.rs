@@ -26,6 +26,8 @@ pub struct ConfigFile {
     pub model: ModelPart,
     /// What may wait for the workers.
     pub admission: AdmissionPart,
+    /// Models that are registered for any node.
+    pub placement: PlacementPart,
     /// Servers elsewhere that answer for more models.
     pub endpoints: Vec<EndpointPart>,
     /// Logs.
@@ -135,6 +137,16 @@ impl Default for ModelPart {
             parameters: GivenParameters::default(),
         }
     }
+}
+
+/// What this node does by itself about models that are registered for any.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PlacementPart {
+    /// It takes them; where missing, unless the node is to run no model.
+    pub automatic: Option<bool>,
+    /// It takes second copies of those that are asked for more than they can answer; where missing, as `automatic`.
+    pub more_copies: Option<bool>,
 }
 
 /// What may wait for the workers, for each model.

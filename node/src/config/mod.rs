@@ -15,6 +15,7 @@ use clap::ValueEnum;
 use etcetera::BaseStrategy;
 use ingle_actors::gateway::AdmissionOptions;
 use ingle_actors::node::{DeviceKind, GivenParameters, ModelChoice, ModelParameters};
+use ingle_actors::registry::PlacementRules;
 
 pub use address::{Listen, is_loopback};
 pub use file::{ConfigFile, EndpointPart};
@@ -172,6 +173,8 @@ pub struct Settings {
     pub drain_limit: Duration,
     /// What may wait for the workers.
     pub admission: AdmissionOptions,
+    /// What the node takes of models that are registered for any.
+    pub placement: PlacementRules,
     /// Logs.
     pub log: LogSettings,
 }
@@ -259,6 +262,7 @@ impl Settings {
         if let Err(problem) = file.model.parameters.over(ModelParameters::default()) {
             return Err(UsageError(format!("[model.parameters] {problem}.")));
         }
+        let automatic = file.placement.automatic.unwrap_or(model.is_some());
         let flags = (layer.endpoint, layer.endpoint_model, layer.endpoint_key_env);
         let endpoints = endpoints::choose(flags, file.endpoints)?;
         Ok(Self {
@@ -280,6 +284,7 @@ impl Settings {
             body_limit: in_range("body_limit_mib", file.http.body_limit_mib, LARGEST_BODY_MIB)? << 20,
             request_timeout: file.http.request_timeout,
             drain_limit,
+            placement: PlacementRules { automatic, more_copies: file.placement.more_copies.unwrap_or(automatic) },
             admission: AdmissionOptions {
                 queue_time: file.admission.queue_time,
                 queued: file.admission.queue_requests,

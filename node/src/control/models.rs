@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use ingle_actors::Node;
 use ingle_actors::node::{ModelDetails, Registered, Registration};
+use ingle_actors::protocol::registry::KeepAlive;
 use ingle_actors::registry::RegistryStatus;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,20 @@ pub enum ModelsRequest {
         /// Names of nodes.
         nodes: Vec<String>,
     },
+    /// Say how long one stays loaded when nobody asks it.
+    KeepAlive {
+        /// Its name, or `default`.
+        model: String,
+        /// Seconds; none for as long as its memory is not needed.
+        keep_alive: Option<KeepAlive>,
+    },
+    /// Have the weights of one converted.
+    Quantization {
+        /// Its name, or `default`.
+        model: String,
+        /// The format; none for that of its file.
+        to: Option<String>,
+    },
     /// All models.
     Status,
     /// One model.
@@ -52,7 +67,7 @@ pub enum ModelsReply {
         /// It was the default model.
         was_default: bool,
     },
-    /// To `SetDefault` and `Pin`.
+    /// To `SetDefault`, `Pin`, `KeepAlive` and `Quantization`.
     Changed,
     /// To `Status`.
     Status(RegistryStatus),
@@ -71,6 +86,14 @@ pub async fn answer(node: &Arc<Node>, request: ModelsRequest) -> Result<ModelsRe
         }
         ModelsRequest::Pin { model, nodes } => {
             node.pin(&model, nodes).await?;
+            ModelsReply::Changed
+        }
+        ModelsRequest::KeepAlive { model, keep_alive } => {
+            node.set_keep_alive(&model, keep_alive).await?;
+            ModelsReply::Changed
+        }
+        ModelsRequest::Quantization { model, to } => {
+            node.set_quantization(&model, to.as_deref()).await?;
             ModelsReply::Changed
         }
         ModelsRequest::Status => ModelsReply::Status(node.registry_status()?),

@@ -7,7 +7,9 @@ use axum::middleware::Next;
 use axum::response::Response;
 use sha2::{Digest, Sha256};
 
-use crate::ingress::{LOCAL_PRINCIPAL, to_hex};
+use ingle_actors::protocol::to_hex;
+
+use crate::ingress::LOCAL_PRINCIPAL;
 
 /// On whose behalf a request is; stands in its extensions.
 #[derive(Debug, Clone)]

@@ -7,8 +7,8 @@ use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
-use ingle_actors::protocol::RequestId;
 use ingle_actors::protocol::wire::v2::TraceContext;
+use ingle_actors::protocol::{RequestId, to_hex};
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
@@ -37,7 +37,7 @@ pub async fn request_id(mut request: Request, next: Next) -> Response {
     let span = tracing::info_span!(
         "request",
         request_id = %request_id,
-        trace_id = ingress::to_hex(&trace.trace_id),
+        trace_id = to_hex(&trace.trace_id),
         method = %request.method(),
         path = request.uri().path(),
         principal = Empty,

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::RegistryError;
 use super::check::{check_origin, check_parameter, check_pin};
 use super::field::{Field, Seen, Stamp};
-use crate::ModelDigest;
 use crate::names::check_model;
+use crate::{ModelDigest, NodeId};
 
 /// The most parameters of a model.
 pub const MOST_PARAMETERS: usize = 64;
@@ -166,6 +166,11 @@ impl Record {
     /// What answers for it.
     pub fn origin(&self) -> Option<&Origin> {
         self.origin.value()
+    }
+
+    /// The node on which it was said what answers for it: a path is one of that machine.
+    pub fn origin_writer(&self) -> Option<NodeId> {
+        self.origin.latest().map(|written| written.at.node)
     }
 
     /// The server elsewhere that answers for it, if one does.

@@ -37,7 +37,7 @@ macro_rules! same_in_all {
 same_in_all! {
     Hello Welcome NotWelcome Goodbye NodeFacts Refused Progress Failed JoinRequest JoinGranted JoinRefused
     AuthorityKeyRequest AuthorityKey RenewalRequest Renewed AuthorityRefused ControlProbe DrainRequest DrainReply
-    RegistryEntry HeldFiles ChunkListRequest ListProgress ChunkList ChunkRequest ChunkFollows FileRefused
+    RegistryEntry HeldFiles Capability ChunkListRequest ListProgress ChunkList ChunkRequest ChunkFollows FileRefused
 }
 
 /// Frames that version 1 has in another form.

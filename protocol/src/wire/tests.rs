@@ -211,6 +211,7 @@ fn samples() -> Vec<(&'static str, Frame)> {
         sample(DrainRequest { limit_ms: 20_000, undo: false }),
         sample(DrainReply { running: 5, moved: 1 }),
         sample(HeldFiles { files: vec![ModelDigest([7; 32])] }),
+        sample(Capability { memory_bandwidth: 60_000_000_000, room: 8 << 30, on_card: false, takes_models: true }),
         sample(ChunkListRequest { file: ModelDigest([7; 32]) }),
         sample(ListProgress { done: 300, size: 5_000_000_000 }),
         sample(ChunkList { size: CHUNK_BYTES + 1, hashes: vec![[8; 32], [9; 32]] }),

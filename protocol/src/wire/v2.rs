@@ -37,6 +37,7 @@ frames! {
     0x05 NodeFacts at_most 256 * KIB;
     0x06 RegistryEntry at_most 256 * KIB;
     0x07 HeldFiles at_most 16 * KIB;
+    0x08 Capability at_most KIB;
     0x10 Request at_most 16 * MIB;
     0x11 Accepted at_most 4 * KIB;
     0x12 Refused at_most 16 * KIB;
@@ -455,6 +456,20 @@ pub struct Hardware {
     pub memory: u64,
     /// Graphics adapters that could compute.
     pub accelerators: Vec<String>,
+}
+
+/// What a node could do with one more model, said by itself: when it connects, and when that has changed much. Who
+/// places models judges by it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capability {
+    /// Bytes a second that it reads from memory with all its cores, as measured; 0 until then.
+    pub memory_bandwidth: u64,
+    /// Bytes of memory that models could have, those that may go for others included; `u64::MAX` where it does not know.
+    pub room: u64,
+    /// Its models compute on a graphics card.
+    pub on_card: bool,
+    /// It takes models that nobody has pinned to it.
+    pub takes_models: bool,
 }
 
 /// How to reach a member.

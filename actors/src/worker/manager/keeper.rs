@@ -33,8 +33,8 @@ const END_DEADLINE: Duration = Duration::from_secs(8);
 pub(super) enum Order {
     /// Load it, as this.
     Load { spec: ModelSpec, begun: oneshot::Sender<Begun> },
-    /// Let it go; told when it has gone.
-    Unload { limit: Duration, gone: oneshot::Sender<()> },
+    /// Let it go, and where `forget` says so know it no more; told when it has gone.
+    Unload { limit: Duration, forget: bool, gone: oneshot::Sender<()> },
     /// Go where nobody uses it, or when it has finished; told when it has gone, or that it stays.
     MakeWay { force: bool, gone: oneshot::Sender<bool> },
 }
@@ -123,7 +123,8 @@ async fn changed(states: &mut watch::Receiver<ModelState>) -> ModelState {
 /// Keeps a model until `cancel`.
 pub(super) async fn keep(manager: Arc<ModelManager>, model: Arc<Model>, cancel: CancellationToken) {
     let mut orders = model.ordered.lock().await;
-    let mut keeper = Keeper { manager, model: model.clone(), cancel, retiring: JoinSet::new() };
+    let retiring = JoinSet::new();
+    let mut keeper = Keeper { manager, model: model.clone(), cancel, retiring, before: None, is_forgotten: false };
     let mut begun = None;
     let mut loads = model.spec().pinned;
     loop {
@@ -132,8 +133,14 @@ pub(super) async fn keep(manager: Arc<ModelManager>, model: Arc<Model>, cancel: 
                 () = keeper.cancel.cancelled() => break,
                 order = orders.recv() => match order {
                     None => break,
-                    Some(Order::Unload { gone, .. }) => {
+                    Some(Order::Unload { forget, gone, .. }) => {
+                        if forget {
+                            keeper.manager.drop_model(&model);
+                        }
                         let _ = gone.send(());
+                        if forget {
+                            break;
+                        }
                         continue;
                     }
                     Some(Order::MakeWay { gone, .. }) => {
@@ -154,7 +161,7 @@ pub(super) async fn keep(manager: Arc<ModelManager>, model: Arc<Model>, cancel: 
             let _ = told.send(load);
         }
         keeper.attend(life, &mut orders).await;
-        if keeper.cancel.is_cancelled() {
+        if keeper.cancel.is_cancelled() || keeper.is_forgotten {
             break;
         }
     }
@@ -167,6 +174,10 @@ struct Keeper {
     model: Arc<Model>,
     cancel: CancellationToken,
     retiring: JoinSet<()>,
+    /// What it was meant to be before another version began to be loaded.
+    before: Option<ModelSpec>,
+    /// The node knows the model no more.
+    is_forgotten: bool,
 }
 
 impl Keeper {
@@ -250,6 +261,11 @@ impl Keeper {
                             let worker = other.worker.clone();
                             other.end(&manager).await;
                             manager.remove_worker(worker);
+                            // It stays what it was, also in what is kept.
+                            if let Some(before) = self.before.take() {
+                                self.model.set_spec(before);
+                                manager.remember_specs().await;
+                            }
                         }
                         _ => next = Some(other),
                     }
@@ -269,13 +285,18 @@ impl Keeper {
                         life.end(&manager).await;
                         return;
                     }
-                    Some(Order::Unload { limit, gone }) => {
+                    Some(Order::Unload { limit, forget, gone }) => {
                         if let Some(other) = next {
                             let worker = other.worker.clone();
                             other.end(&manager).await;
                             manager.remove_worker(worker);
                         }
                         self.let_go(life, limit).await;
+                        // Before anybody is told: who asks for it from now on does not have it loaded again.
+                        self.is_forgotten = forget;
+                        if forget {
+                            manager.drop_model(&self.model);
+                        }
                         let _ = gone.send(());
                         return;
                     }
@@ -321,13 +342,13 @@ impl Keeper {
         next: &mut Option<Life>,
     ) -> Result<Option<Begun>, LoadError> {
         let before = self.model.spec();
-        let is_same = before.choice == spec.choice && !life.worker.is_outdated().await;
+        let is_same = life.worker.is_what(&before.choice, &spec.choice) && !life.worker.is_outdated().await;
         self.model.set_spec(spec.clone());
         let failed = matches!(life.worker.status().state, ModelState::Failed { .. });
         if is_same && !failed {
             return Ok(life.begun());
         }
-        let worker = self.manager.worker(&spec).inspect_err(|_| self.model.set_spec(before))?;
+        let worker = self.manager.worker(&spec).inspect_err(|_| self.model.set_spec(before.clone()))?;
         self.manager.workers.add(worker.clone());
         let mut other = Life::start(worker, &self.cancel);
         let begun = other.begun();
@@ -338,6 +359,7 @@ impl Keeper {
             old.end(&self.manager).await;
             self.manager.remove_worker(worker);
         } else {
+            self.before = Some(before);
             *next = Some(other);
         }
         Ok(begun)

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError, Weak};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use ingle_engine::{MemoryNeed, available_memory, memory_need, memory_need_of_echo};
-use ingle_protocol::memory::{Memory, Need, Plan, Resident, Stays, plan};
+use ingle_protocol::memory::{Memory, Need, Plan, Resident, Stays, at_best, plan};
 use ingle_protocol::wire::v2::ModelState;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
@@ -131,10 +131,26 @@ async fn make(
     Err("the models that were to make room for it are used again and again: try again, or unload one".into())
 }
 
+impl ModelManager {
+    /// Bytes that one more model could have here if all that may go for it went; `u64::MAX` where nobody can say.
+    pub fn room(&self) -> u64 {
+        if computes_on_card(self) {
+            return u64::MAX;
+        }
+        let memory = Memory { free: available_memory(), most: self.options.memory };
+        at_best(memory, &residents(self, "").1)
+    }
+}
+
+/// Its models may be on a graphics card, whose memory nobody measures.
+fn computes_on_card(manager: &ModelManager) -> bool {
+    cfg!(feature = "gpu") && manager.options.device != DeviceKind::Cpu
+}
+
 /// `None` where nobody can say: on a graphics card, whose memory nobody measures, and for files that are no models,
 /// which the engine itself says.
 async fn needed(manager: &ModelManager, file: Option<&Path>, values: &ModelParameters) -> Option<MemoryNeed> {
-    if cfg!(feature = "gpu") && manager.options.device != DeviceKind::Cpu {
+    if computes_on_card(manager) {
         return None;
     }
     let Some(file) = file.map(Path::to_owned) else { return Some(memory_need_of_echo()) };

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use ingle_protocol::names::near;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -123,6 +123,8 @@ pub struct ModelManager {
     to_keep: tokio::sync::Mutex<mpsc::Receiver<Arc<Model>>>,
     ending: AtomicBool,
     room: Weak<Self>,
+    /// Counts models that come and go.
+    changed: watch::Sender<u64>,
 }
 
 /// A model that is being loaded.
@@ -174,6 +176,7 @@ impl ModelManager {
             to_keep: tokio::sync::Mutex::new(to_keep),
             ending: AtomicBool::new(false),
             room: room.clone(),
+            changed: watch::Sender::new(0),
         });
         for spec in own.into_iter().chain(specs) {
             manager.add(spec)?.worked.store(true, Ordering::Release);
@@ -268,22 +271,51 @@ impl ModelManager {
     /// Lets a model go: its answers finish within `limit`, or move. Returns when its process has ended. It stays known:
     /// a request for it loads it again.
     pub async fn unload(&self, name: &str, limit: Duration) -> Result<(), LoadError> {
+        self.order_unload(name, limit, false).await
+    }
+
+    async fn order_unload(&self, name: &str, limit: Duration, forget: bool) -> Result<(), LoadError> {
         let model = self.model(name)?;
         let busy = || LoadError::Busy(name.to_owned());
         let (gone, went) = oneshot::channel();
-        model.orders.try_send(Order::Unload { limit, gone }).map_err(|_| busy())?;
+        model.orders.try_send(Order::Unload { limit, forget, gone }).map_err(|_| busy())?;
         timeout(limit + UNLOAD_MARGIN, went).await.map_err(|_| busy())?.map_err(|_| LoadError::Ending)
     }
 
     /// Unloads a model and knows it no more. Not the configuration's.
     pub async fn forget(&self, name: &str, limit: Duration) -> Result<(), LoadError> {
-        self.unload(name, limit).await?;
-        if self.own.as_deref() != Some(name)
-            && let Some(model) = self.models().remove(name)
-        {
-            // Its keeper ends with the last sender.
-            self.remove_worker(model.current());
+        self.order_unload(name, limit, self.own.as_deref() != Some(name)).await?;
+        self.keep_known().await
+    }
+
+    /// How a model of this node is meant to be, if there is one of this name.
+    pub fn spec(&self, name: &str) -> Option<ModelSpec> {
+        self.models().get(name).map(|model| model.spec())
+    }
+
+    /// The models that are here because the registry has them.
+    pub fn registered(&self) -> Vec<ModelSpec> {
+        self.specs().into_iter().filter(|spec| spec.registered).collect()
+    }
+
+    /// All models of this node, loaded or not.
+    pub fn workers(&self) -> Vec<Arc<ModelWorker>> {
+        self.models().values().map(|model| model.current()).collect()
+    }
+
+    /// Changes whenever a model comes.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Whether it is pinned and how long it stays may be meant otherwise than before; what is loaded stays.
+    pub async fn amend(&self, spec: ModelSpec) -> Result<(), LoadError> {
+        let model = self.model(&spec.name)?;
+        let before = model.spec();
+        if before == spec {
+            return Ok(());
         }
+        model.set_spec(spec);
         self.keep_known().await
     }
 
@@ -347,6 +379,7 @@ impl ModelManager {
             }
             models.insert(name, model.clone());
         }
+        self.changed.send_modify(|count| *count += 1);
         self.workers.add(worker);
         // As many fit as there may be models.
         self.unkept.try_send(model.clone()).map_err(|_| LoadError::TooMany(MOST_MODELS))?;
@@ -390,6 +423,23 @@ impl ModelManager {
             ModelWorker::new(options, self.workers.clone()).map_err(|error| LoadError::Kept(error.to_string()))?;
         engines.push((spec.name.clone(), Arc::downgrade(&worker)));
         Ok(worker)
+    }
+
+    /// Who keeps the model ends; nobody finds it any more.
+    fn drop_model(&self, model: &Arc<Model>) {
+        let mut models = self.models();
+        if models.get(&model.name).is_some_and(|known| Arc::ptr_eq(known, model)) {
+            models.remove(&model.name);
+        }
+        drop(models);
+        self.remove_worker(model.current());
+    }
+
+    /// Writes down how models are meant to be, where that has changed by itself.
+    async fn remember_specs(&self) {
+        if let Err(error) = self.keep_known().await {
+            tracing::error!(%error, "what is known of models is not written down");
+        }
     }
 
     fn remove_worker(&self, worker: Arc<ModelWorker>) {

@@ -60,7 +60,9 @@ fn in_words(choice: &ModelChoice) -> String {
     match choice {
         ModelChoice::Default => "default".into(),
         ModelChoice::Echo => "echo".into(),
-        ModelChoice::File(path) => path.display().to_string(),
+        ModelChoice::File(path) | ModelChoice::LocalFile { path, .. } => path.display().to_string(),
+        ModelChoice::Quantized { inner, to } => format!("{} as {to}", in_words(inner)),
+        ModelChoice::First(model) => model.source.to_string(),
         ModelChoice::Source(model) => model.sources.first().map(ToString::to_string).unwrap_or_default(),
     }
 }

@@ -26,12 +26,15 @@ pub struct ModelSpec {
     pub pinned: bool,
     /// It goes after so many seconds in which nobody uses it; `None`: when others need its memory.
     pub keep_alive_s: Option<u64>,
+    /// It is here because the registry has it, and goes when that says so.
+    #[serde(default)]
+    pub registered: bool,
 }
 
 impl ModelSpec {
     /// A model under its usual name, that stays until its memory is needed.
     pub fn of(choice: ModelChoice) -> Self {
-        Self { name: model_name_of(&choice), choice, pinned: false, keep_alive_s: None }
+        Self { name: model_name_of(&choice), choice, pinned: false, keep_alive_s: None, registered: false }
     }
 
     /// See the field.
@@ -123,11 +126,10 @@ impl LoadRequest {
         }
         check_name(&spec.name)?;
         // What was said of a model of this name before holds on.
-        if let Some(before) = known.iter().find(|before| before.name == spec.name) {
-            (spec.pinned, spec.keep_alive_s) = (before.pinned, before.keep_alive_s);
-        } else {
-            (spec.pinned, spec.keep_alive_s) = (false, None);
-        }
+        let before = known.iter().find(|before| before.name == spec.name);
+        spec.pinned = before.is_some_and(|before| before.pinned);
+        spec.keep_alive_s = before.and_then(|before| before.keep_alive_s);
+        spec.registered = before.is_some_and(|before| before.registered);
         spec.pinned = self.pinned.unwrap_or(spec.pinned);
         spec.keep_alive_s = self.keep_alive_s.or(spec.keep_alive_s).filter(|seconds| *seconds > 0);
         Ok(spec)

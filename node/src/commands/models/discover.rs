@@ -103,6 +103,7 @@ async fn register(settings: &Settings, offer: &mut Offer, pins: &[String]) {
         sha256: None,
         keep_alive: None,
         parameters: GivenParameters::default(),
+        quantization: None,
         pins: pins.to_vec(),
         unchecked: false,
     };
@@ -297,6 +298,7 @@ mod tests {
                 backend: backend.into(),
                 running: 0,
                 waiting: 0,
+                placement: None,
             }],
         }
     }

@@ -3,6 +3,7 @@
 mod discover;
 mod embed;
 mod eval;
+mod first_load;
 mod load;
 mod parameters;
 mod progress;

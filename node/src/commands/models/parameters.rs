@@ -8,7 +8,7 @@ use ingle_actors::node::{
 };
 use serde_json::json;
 
-use super::registry::about;
+use super::registry::{about, ask, keep_alive_seconds};
 use crate::cli::{SetParameters, ShowParameters};
 use crate::commands::{explain_error, unexpected};
 use crate::config::Settings;
@@ -51,8 +51,19 @@ pub async fn show(settings: &Settings, options: ShowParameters) -> anyhow::Resul
 }
 
 /// Sets parameters and waits until they hold.
-pub async fn set(settings: &Settings, options: SetParameters) -> anyhow::Result<()> {
+pub async fn set(settings: &Settings, mut options: SetParameters) -> anyhow::Result<()> {
+    let requests = of_the_registry(&options.model, &mut options.values)?;
     let changes = changes(&options.values)?;
+    let is_done = changes.is_empty() && !requests.is_empty();
+    for request in requests {
+        let ModelsReply::Changed = ask(settings, request).await? else { return Err(unexpected()) };
+    }
+    if is_done && options.json {
+        return print(&format!("{}\n", json!({ "model": options.model, "outcome": Outcome::Live })));
+    }
+    if is_done {
+        return print("Set for all nodes. `ingle models status` shows when a model has it.\n");
+    }
     let request =
         Request::SetParameters { model: options.model.clone(), changes: changes.clone(), restart: options.restart };
     let outcome = match Client::ask(&settings.state_dir, &request).await {
@@ -74,6 +85,26 @@ pub async fn set(settings: &Settings, options: SetParameters) -> anyhow::Result<
         return print(&format!("{}\n", json!({ "model": options.model, "outcome": outcome })));
     }
     print(&format!("{}\n", in_words(outcome)))
+}
+
+/// Takes one value out of those that are typed.
+pub(super) fn take(values: &mut Vec<String>, name: &str) -> Option<String> {
+    let index = values.iter().position(|text| text.split_once('=').is_some_and(|(known, _)| known == name))?;
+    values.remove(index).split_once('=').map(|(_, value)| value.to_owned())
+}
+
+/// What is no parameter of an engine, and is set like one: how long a model stays, and the format of its weights.
+fn of_the_registry(model: &str, values: &mut Vec<String>) -> Result<Vec<ModelsRequest>, UsageError> {
+    let given = |value: String| Some(value).filter(|value| value != DEFAULT);
+    let mut requests = Vec::new();
+    if let Some(value) = take(values, "keep_alive") {
+        let keep_alive = given(value).as_deref().map(keep_alive_seconds).transpose()?;
+        requests.push(ModelsRequest::KeepAlive { model: model.to_owned(), keep_alive });
+    }
+    if let Some(value) = take(values, "quantization") {
+        requests.push(ModelsRequest::Quantization { model: model.to_owned(), to: given(value) });
+    }
+    Ok(requests)
 }
 
 pub(super) fn changes(values: &[String]) -> Result<ParameterChanges, UsageError> {

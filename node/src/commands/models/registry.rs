@@ -7,7 +7,7 @@ use ingle_actors::protocol::registry::{Endpoint, FOREVER, ModelType};
 use ingle_actors::registry::{RegistryStatus, ShownModel};
 use serde_json::json;
 
-use super::parameters::changes;
+use super::parameters::{changes, take};
 use crate::cli::{AddModel, ListModels, PinModel, RemoveModel, SetDefault};
 use crate::commands::status::table;
 use crate::commands::{explain_error, unexpected};
@@ -18,11 +18,14 @@ use crate::output::{complain, print};
 
 /// A new endpoint is asked before it is registered, and waited for.
 const DEADLINE: Duration = Duration::from_secs(40);
+/// A model that is to be the default is loaded first.
+const LOAD_DEADLINE: Duration = Duration::from_secs(310);
 
 /// Asks the node.
 pub async fn ask(settings: &Settings, request: ModelsRequest) -> anyhow::Result<ModelsReply> {
+    let deadline = if matches!(request, ModelsRequest::SetDefault { .. }) { LOAD_DEADLINE } else { DEADLINE };
     let asked = Client::ask(&settings.state_dir, &Request::Models(request)).await;
-    match asked.map_err(|error| explain_error(settings, error))?.next(DEADLINE).await? {
+    match asked.map_err(|error| explain_error(settings, error))?.next(deadline).await? {
         Reply::Models(reply) => Ok(*reply),
         _ => Err(unexpected()),
     }
@@ -34,10 +37,14 @@ pub async fn add(settings: &Settings, options: AddModel) -> anyhow::Result<()> {
         return super::discover::run(settings, options).await;
     }
     let json = options.json;
+    let waits = options.source.is_some() && !options.unchecked;
     let ModelsReply::Added(added) = ask(settings, ModelsRequest::Add(registration(options)?)).await? else {
         return Err(unexpected());
     };
-    let model = added.model;
+    let mut model = added.model;
+    if waits {
+        model = super::first_load::until_settled(settings, model).await?;
+    }
     if json {
         return print(&format!("{}\n", serde_json::to_string_pretty(&model)?));
     }
@@ -48,8 +55,20 @@ pub async fn add(settings: &Settings, options: AddModel) -> anyhow::Result<()> {
 
 fn registration(options: AddModel) -> Result<Registration, UsageError> {
     let AddModel {
-        name, kind, source, endpoint, model, api_key_env, unchecked, sha256, pin, keep_alive, values, ..
+        name,
+        kind,
+        source,
+        endpoint,
+        model,
+        api_key_env,
+        unchecked,
+        sha256,
+        pin,
+        keep_alive,
+        mut values,
+        ..
     } = options;
+    let quantization = take(&mut values, "quantization");
     let known = ModelType::ALL.into_iter().find(|known| known.as_str() == kind);
     let kind = known.ok_or_else(|| UsageError(format!("There is no type `{kind}`: write llm or embedding.")))?;
     let given = changes(&values)?.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
@@ -60,19 +79,21 @@ fn registration(options: AddModel) -> Result<Registration, UsageError> {
         source,
         endpoint: endpoint.map(|url| Endpoint { url, model, api_key_env }),
         sha256,
-        keep_alive: keep_alive.as_deref().map(seconds).transpose()?,
+        keep_alive: keep_alive.as_deref().map(keep_alive_seconds).transpose()?,
         parameters: ingle_actors::node::GivenParameters(given),
+        quantization,
         pins: pin,
         unchecked,
     })
 }
 
-fn seconds(text: &str) -> Result<u32, UsageError> {
+/// A time in which nobody asks a model, as it is typed.
+pub(super) fn keep_alive_seconds(text: &str) -> Result<u32, UsageError> {
     if text == "forever" {
         return Ok(FOREVER);
     }
-    let time = crate::duration::parse(text).map_err(|why| UsageError(format!("--keep-alive: {why}.")))?;
-    u32::try_from(time.as_secs()).map_err(|_| UsageError("--keep-alive is too long: write `forever`.".into()))
+    let time = crate::duration::parse(text).map_err(|why| UsageError(format!("keep-alive: {why}.")))?;
+    u32::try_from(time.as_secs()).map_err(|_| UsageError("keep-alive is too long: write `forever`.".into()))
 }
 
 /// Removes a model.
@@ -118,7 +139,7 @@ pub async fn pin(settings: &Settings, options: PinModel) -> anyhow::Result<()> {
     print(&format!("`{model}` is pinned to {to}.\n"))
 }
 
-async fn status_of(settings: &Settings) -> anyhow::Result<RegistryStatus> {
+pub(super) async fn status_of(settings: &Settings) -> anyhow::Result<RegistryStatus> {
     match ask(settings, ModelsRequest::Status).await? {
         ModelsReply::Status(status) => Ok(status),
         _ => Err(unexpected()),
@@ -214,6 +235,8 @@ pub(super) fn about(model: &ShownModel) -> String {
     if !parameters.is_empty() {
         lines.push(format!("parameters  {}", parameters.join(" ")));
     }
+    let placements = model.nodes.iter().filter_map(|on| Some((&on.node, on.placement.as_ref()?)));
+    lines.extend(placements.map(|(node, placement)| format!("{node:11} {placement}")));
     lines.extend(model.changed_by.iter().map(|by| format!("changed by  {by}")));
     let lines: String = lines.iter().map(|line| format!("  {}\n", plain(line))).collect();
     format!("\n{}\n{lines}", plain(&model.name))
@@ -253,6 +276,7 @@ mod tests {
             backend: String::new(),
             running: 2,
             waiting: 0,
+            placement: Some("choice 1 of 2, 28.1 GB/s of memory".into()),
         };
         let far = ShownModel {
             name: "glm-4.7".into(),
@@ -302,6 +326,7 @@ mod tests {
             "  endpoint    http://box:8080\n  there       glm\n  key in      $FAR_KEY\n  keep-alive  forever\n",
             "`batch_size` was set to 9 by attic at the same time",
             "not registered",
+            "  tower       choice 1 of 2, 28.1 GB/s of memory\n",
         ] {
             assert!(text.contains(part), "{text}");
         }
@@ -332,7 +357,7 @@ mod tests {
             (&["--source", "file:/x", "--api-key-env", "K"], "cannot be used with"),
             (&["--api-key-env", "K"], "--endpoint"),
             (&["--source", "file:/x", "--type", "poem"], "no type `poem`"),
-            (&["--source", "file:/x", "--keep-alive", "soon"], "--keep-alive"),
+            (&["--source", "file:/x", "--keep-alive", "soon"], "keep-alive"),
             (&["--source", "file:/x", "colour=3"], "no parameter"),
         ] {
             let error = typed(more).unwrap_err();

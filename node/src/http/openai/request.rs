@@ -173,6 +173,9 @@ fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
 /// Members with the value that they have anyway say nothing: they are dropped, so that client libraries that
 /// always send them work. All others stay.
 fn without_no_ops(mut members: Map<String, Value>) -> Map<String, Value> {
+    if members.is_empty() {
+        return members;
+    }
     let table = [
         ("n", json!([1])),
         ("tools", json!([[]])),
