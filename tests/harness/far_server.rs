@@ -1,7 +1,8 @@
 //! A server that speaks OpenAI's HTTP, well or badly: real TCP, and what it does is written in the question.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -36,6 +37,27 @@ struct Seen {
     written: AtomicU64,
     /// What it answers when asked for its models, and how.
     models: Mutex<(u16, String)>,
+    /// What else it answers, by paths.
+    pages: Mutex<HashMap<String, String>>,
+    /// Its parrots fall silent in the middle of a word.
+    breaks_off: AtomicBool,
+    /// Milliseconds between two words of a parrot; 0 for the usual ones.
+    pace: AtomicU64,
+    /// It goes on with an assistant's message at the end where it is told so, or always, or never.
+    continues: Mutex<Continues>,
+    /// Questions that it answers now, and how many it takes at once; 0 for any number.
+    answering: AtomicU64,
+    room: AtomicU64,
+    /// How many it had to refuse.
+    refused: AtomicU64,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Continues {
+    #[default]
+    Never,
+    Flagged,
+    Always,
 }
 
 /// The server. It ends when it is dropped.
@@ -88,6 +110,80 @@ impl FarServer {
         *self.seen.models.lock().unwrap() = (status, body.to_owned());
     }
 
+    /// What it says from now on to `GET path`.
+    pub fn says(&self, path: &str, body: &Value) {
+        self.seen.pages.lock().unwrap().insert(path.to_owned(), body.to_string());
+    }
+
+    /// It behaves from now on as this program does.
+    pub fn is(&self, program: &str) {
+        let (owner, continues) = match program {
+            "llama.cpp" => {
+                let settings = json!({"n_ctx": 512});
+                self.says(
+                    "/props",
+                    &json!({"total_slots": 2, "default_generation_settings": settings, "build_info": "b6000-abc"}),
+                );
+                ("llamacpp", Continues::Flagged)
+            }
+            "vLLM" => {
+                self.says("/version", &json!({"version": "0.9.1"}));
+                ("vllm", Continues::Flagged)
+            }
+            "Ollama" => {
+                self.says("/api/version", &json!({"version": "0.5.1"}));
+                let tag = |name: &str, family: &str| json!({"name": name, "details": {"family": family}});
+                self.says(
+                    "/api/tags",
+                    &json!({"models": [tag(FAR_MODEL, "llama"), tag("nomic-embed-text:latest", "nomic-bert")]}),
+                );
+                ("library", Continues::Always)
+            }
+            "LM Studio" => {
+                let model = |id: &str, kind: &str| json!({"id": id, "type": kind, "state": "loaded"});
+                self.says(
+                    "/api/v0/models",
+                    &json!({"data": [model(FAR_MODEL, "llm"), model("text-embedding", "embeddings")]}),
+                );
+                ("organization_owner", Continues::Never)
+            }
+            other => panic!("nobody knows {other}"),
+        };
+        let mut models = vec![json!({"id": FAR_MODEL, "owned_by": owner})];
+        match program {
+            "Ollama" => models.push(json!({"id": "nomic-embed-text:latest", "owned_by": owner})),
+            "LM Studio" => models.push(json!({"id": "text-embedding", "owned_by": owner})),
+            _ => {}
+        }
+        self.set_models(200, &json!({"object": "list", "data": models}).to_string());
+        *self.seen.continues.lock().unwrap() = continues;
+    }
+
+    /// All parrots that speak, and all that begin, fall silent in the middle.
+    pub fn break_off(&self) {
+        self.seen.breaks_off.store(true, Ordering::SeqCst);
+    }
+
+    /// It ends, and its address is free.
+    pub fn stopped_at(self) -> SocketAddr {
+        self.address
+    }
+
+    /// Milliseconds between two words of its parrots.
+    pub fn set_pace(&self, ms: u64) {
+        self.seen.pace.store(ms, Ordering::SeqCst);
+    }
+
+    /// It answers so many at once and refuses more.
+    pub fn set_room(&self, room: u64) {
+        self.seen.room.store(room, Ordering::SeqCst);
+    }
+
+    /// Questions that it refused for lack of room.
+    pub fn refused(&self) -> u64 {
+        self.seen.refused.load(Ordering::SeqCst)
+    }
+
     /// The questions so far.
     pub fn requests(&self) -> Vec<Received> {
         self.seen.requests.lock().unwrap().clone()
@@ -123,9 +219,12 @@ pub fn far(what: &str) -> Value {
 async fn serve(mut stream: TcpStream, seen: Arc<Seen>) {
     while let Some((head, body)) = read_request(&mut stream).await {
         if head.starts_with("GET ") {
-            let (status, body) = match head.starts_with("GET /v1/models ") {
-                true => seen.models.lock().unwrap().clone(),
-                false => (404, "{}".into()),
+            let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+            let page = seen.pages.lock().unwrap().get(&path).cloned();
+            let (status, body) = match (path.as_str(), page) {
+                ("/v1/models", _) => seen.models.lock().unwrap().clone(),
+                (_, Some(page)) => (200, page),
+                (_, None) => (404, "{}".into()),
             };
             whole(&mut stream, &seen, status, "content-type: application/json\r\n", &body).await;
             continue;
@@ -138,10 +237,35 @@ async fn serve(mut stream: TcpStream, seen: Arc<Seen>) {
             whole(&mut stream, &seen, status, "content-type: application/json\r\n", &answer).await;
             continue;
         }
-        let what = body["messages"].as_array().unwrap().last().unwrap()["content"].as_str().unwrap().to_owned();
+        let messages = body["messages"].as_array().unwrap();
+        let is_parrot = |message: &&Value| message["content"].as_str().is_some_and(|what| what.contains("parrot"));
+        let what = messages.iter().find(is_parrot).or(messages.last()).unwrap()["content"].as_str().unwrap().to_owned();
+        let said = messages.last().filter(|last| last["role"] == "assistant");
+        let said = said.map(|said| said["content"].as_str().unwrap().to_owned());
+        let flagged = body["continue_final_message"] == true && body["add_generation_prompt"] == false;
+        let said = said.filter(|_| match *seen.continues.lock().unwrap() {
+            Continues::Never => false,
+            Continues::Flagged => flagged,
+            Continues::Always => true,
+        });
         assert_eq!(body["stream"], true);
         seen.requests.lock().unwrap().push(Received { head, raw, body });
-        if answer(&mut stream, &seen, &what).await.is_none() {
+        let room = seen.room.load(Ordering::SeqCst);
+        if seen.answering.fetch_add(1, Ordering::SeqCst) >= room && room > 0 {
+            seen.answering.fetch_sub(1, Ordering::SeqCst);
+            seen.refused.fetch_add(1, Ordering::SeqCst);
+            let said = json!({"error": {"message": "server busy, please try again"}}).to_string();
+            if whole(&mut stream, &seen, 503, "content-type: application/json\r\n", &said).await.is_none() {
+                return;
+            }
+            continue;
+        }
+        let answered = match is_parrot(&&json!({ "content": what })) {
+            true => parrot(&mut stream, &seen, &what, said.as_deref()).await,
+            false => answer(&mut stream, &seen, &what).await,
+        };
+        seen.answering.fetch_sub(1, Ordering::SeqCst);
+        if answered.is_none() {
             return;
         }
     }
@@ -224,6 +348,31 @@ async fn two_tokens(stream: &mut TcpStream, seen: &Seen) -> Option<()> {
     event(stream, seen, json!({"content": "two "}), None).await
 }
 
+/// Says what it was told, as an echo engine does, or goes on with it behind what was said before.
+async fn parrot(stream: &mut TcpStream, seen: &Seen, what: &str, said: Option<&str>) -> Option<()> {
+    let text = what.split_once(": ").map_or(what, |(_, text)| text);
+    let rest = match said {
+        Some(said) => text.strip_prefix(said).unwrap_or_else(|| panic!("`{said}` is not how `{text}` begins")),
+        None => text,
+    };
+    write(stream, seen, EVENTS.as_bytes()).await?;
+    let mut from = 0;
+    // A word and the space in front of it, as tokens are.
+    for to in rest.match_indices(' ').map(|(at, _)| at).filter(|at| *at > 0).chain([rest.len()]) {
+        if seen.breaks_off.load(Ordering::SeqCst) {
+            return None;
+        }
+        event(stream, seen, json!({ "content": rest[from..to] }), None).await?;
+        from = to;
+        let pace = match seen.pace.load(Ordering::SeqCst) {
+            0 => 2 * SLOW,
+            ms => Duration::from_millis(ms),
+        };
+        tokio::time::sleep(pace).await;
+    }
+    end(stream, seen, "stop").await
+}
+
 /// `None` where the connection is over.
 async fn answer(stream: &mut TcpStream, seen: &Seen, what: &str) -> Option<()> {
     let json = "content-type: application/json\r\n";
@@ -289,6 +438,43 @@ async fn answer(stream: &mut TcpStream, seen: &Seen, what: &str) -> Option<()> {
             event(stream, seen, json!({"content": "late"}), None).await?;
             end(stream, seen, "stop").await
         }
+        // As Ollama does: calls whole in one chunk, the finish reason in one of its own, no usage, comments between.
+        "whole call" => {
+            write(stream, seen, EVENTS.as_bytes()).await?;
+            piece(stream, seen, ": keep-alive\r\n\r\n").await?;
+            let function = json!({"name": "weather", "arguments": "{\"city\":\"Oslo\"}"});
+            let call = json!({"index": 0, "id": "call_1", "type": "function", "function": function});
+            event(stream, seen, json!({"role": "assistant", "content": "", "tool_calls": [call]}), None).await?;
+            event(stream, seen, json!({"role": "assistant", "content": ""}), Some("tool_calls")).await?;
+            write(stream, seen, b"0\r\n\r\n").await
+        }
+        "reasons and breaks" => {
+            write(stream, seen, EVENTS.as_bytes()).await?;
+            event(stream, seen, json!({"reasoning_content": "I need to think."}), None).await?;
+            event(stream, seen, json!({"content": "so far"}), None).await?;
+            None
+        }
+        "drips" => {
+            two_tokens(stream, seen).await?;
+            for _ in 0..4_000 {
+                piece(stream, seen, "x").await?;
+                tokio::time::sleep(SLOW).await;
+            }
+            None
+        }
+        "gzip" => {
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\nconnection: close\r\n\r\n";
+            write(stream, seen, head.as_bytes()).await?;
+            write(stream, seen, b"\x1f\x8b\x08\x00").await?;
+            None
+        }
+        "headers" => {
+            write(stream, seen, b"HTTP/1.1 200 OK\r\n").await?;
+            for number in 0..100_000 {
+                write(stream, seen, format!("x-header-{number}: {}\r\n", "x".repeat(1 << 10)).as_bytes()).await?;
+            }
+            None
+        }
         "never" => silence(stream, seen).await,
         "stalls" => {
             two_tokens(stream, seen).await?;
@@ -336,6 +522,10 @@ async fn answer(stream: &mut TcpStream, seen: &Seen, what: &str) -> Option<()> {
         "whole" => whole(stream, seen, 200, json, "{\"choices\":[{\"message\":{\"content\":\"whole\"}}]}").await,
         "page" => whole(stream, seen, 200, "content-type: text/html\r\n", "<h1>router login</h1>").await,
         "elsewhere" => whole(stream, seen, 307, "location: http://127.0.0.1:9/v1\r\n", "").await,
+        other if other.starts_with("elsewhere ") => {
+            let location = other.trim_start_matches("elsewhere ");
+            whole(stream, seen, 308, &format!("location: {location}\r\n"), "").await
+        }
         "echo of the key" => {
             let received = seen.requests.lock().unwrap().last().unwrap().head.clone();
             let key = received.lines().find_map(|line| line.strip_prefix("authorization: Bearer ")).unwrap_or("no key");

@@ -71,6 +71,10 @@ impl Codec for EchoCodec {
         Ok(tokens)
     }
 
+    fn continuation(&self, text: &str) -> Result<Vec<u32>, PromptError> {
+        Ok(text.bytes().map(u32::from).collect())
+    }
+
     /// It knows nothing of them, but may be asked to say a call.
     fn tools(&self) -> ToolSupport {
         ToolSupport::Known(ToolFormat::Hermes)

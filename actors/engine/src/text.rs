@@ -36,6 +36,11 @@ pub trait Codec: Send + Sync {
         Err(PromptError("this engine takes conversations only".into()))
     }
 
+    /// The beginning of an answer of which only the text is known, as tokens.
+    fn continuation(&self, _text: &str) -> Result<Vec<u32>, PromptError> {
+        Err(PromptError("this engine goes on from tokens only".into()))
+    }
+
     /// What a generated token adds to the text: bytes, possibly a part of a character, possibly none.
     fn bytes(&self, id: u32) -> &[u8];
 

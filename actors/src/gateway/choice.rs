@@ -8,7 +8,7 @@ use ingle_protocol::admission::Limits;
 use ingle_protocol::liveness::Health;
 use ingle_protocol::names::near;
 use ingle_protocol::routing::{Candidate, Demand, assume_unmeasured, pick};
-use ingle_protocol::wire::v2::ModelState;
+use ingle_protocol::wire::v2::{ModelFacts, ModelState, RESUMES_TEXT};
 use ingle_protocol::{EngineId, ModelDigest};
 
 use super::admission::AdmissionOptions;
@@ -36,6 +36,33 @@ pub(super) struct Wanted {
     pub bytes_per_token: f32,
     /// Numbers are asked for, not an answer in words.
     pub embeds: bool,
+}
+
+/// What an answer that was begun asks of the worker that goes on with it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Begun {
+    /// Not all of its tokens are known: some came from a far server, which passes texts on.
+    pub without_ids: bool,
+    /// Whether a far server has it now.
+    pub at_endpoint: bool,
+    /// The request has fields that only some workers know.
+    pub has_extra: bool,
+}
+
+impl Begun {
+    /// Why a worker cannot go on with it.
+    fn objection(self, facts: &ModelFacts) -> Option<&'static str> {
+        let takes_text = facts.features.iter().any(|feature| feature == RESUMES_TEXT);
+        if (facts.is_endpoint() || self.without_ids) && !takes_text {
+            return Some(match facts.is_endpoint() {
+                true => "its server is not known to go on with an answer that was begun elsewhere",
+                false => "it goes on from tokens only, and of this answer only the text is known",
+            });
+        }
+        // Tools, for one: whoever began it has said how calls are written.
+        let differs = self.has_extra && self.at_endpoint != facts.is_endpoint();
+        differs.then_some("it reads fields of this request in another way than the worker that began the answer")
+    }
 }
 
 /// The name that a request means.
@@ -88,6 +115,22 @@ pub(super) fn digest_of(offers: &[Offer], name: &str) -> Option<ModelDigest> {
         .and_then(|(_, _, digest)| digest)
 }
 
+/// Why nobody goes on with an answer that was begun.
+pub(super) fn nobody_goes_on(offers: &[Offer], wanted: &Wanted, begun: Begun, avoid: &[EngineId]) -> String {
+    let others = offers.iter().filter(|offer| offer.facts.digest == Some(wanted.digest));
+    let others = others.filter(|offer| offer.facts.engine.is_none_or(|engine| !avoid.contains(&engine)));
+    let reasons: Vec<String> = others
+        .map(|offer| match begun.objection(&offer.facts) {
+            Some(why) => format!("{}: {why}", offer.node_name),
+            None => offer.in_words(),
+        })
+        .collect();
+    match reasons.as_slice() {
+        [] => "no other worker has this model".into(),
+        reasons => reasons.join("; "),
+    }
+}
+
 /// Nobody can answer now.
 pub(super) fn nobody(offers: &[Offer], engines: &Engines, name: &str, now: Duration) -> GatewayError {
     let states: Vec<String> = offers
@@ -103,6 +146,9 @@ pub(super) fn nobody(offers: &[Offer], engines: &Engines, name: &str, now: Durat
 }
 
 fn trouble(offer: &Offer, engines: &Engines, now: Duration) -> Option<String> {
+    if offer.facts.is_endpoint() && offer.facts.slots == 0 && offer.can_answer() {
+        return Some("its server has no room and asks to be left alone for a while".into());
+    }
     let engine = engines.of(offer.facts.engine?);
     match engine.suspicion() {
         Some(why) => Some(why),
@@ -113,8 +159,15 @@ fn trouble(offer: &Offer, engines: &Engines, now: Duration) -> Option<String> {
 
 /// Somebody who cannot answer now may well in a moment: an engine that starts again or is under suspicion. One that was
 /// asked and broke may be another one soon, which is known only `NEWS` later; a far server stays the one that it is.
-pub(super) fn is_hope(offers: &[Offer], digest: ModelDigest, avoid: &[EngineId], waited: Duration) -> bool {
-    offers.iter().filter(|offer| offer.facts.digest == Some(digest)).any(|offer| {
+pub(super) fn is_hope(
+    offers: &[Offer],
+    digest: ModelDigest,
+    begun: Option<Begun>,
+    avoid: &[EngineId],
+    waited: Duration,
+) -> bool {
+    let able = |offer: &&Offer| begun.and_then(|begun| begun.objection(&offer.facts)).is_none();
+    offers.iter().filter(|offer| offer.facts.digest == Some(digest)).filter(able).any(|offer| {
         let reachable = offer.local || matches!(offer.health, Health::Alive | Health::Suspect { .. });
         let was_asked = offer.facts.engine.is_some_and(|engine| avoid.contains(&engine));
         reachable
@@ -135,12 +188,13 @@ pub(super) struct Choice<'a> {
     pub considered: Vec<Considered>,
 }
 
-/// Chooses among all who have the content. Engines in `avoid` are not asked again; their nodes only where nobody else
+/// Chooses among all who have the content, and can go on with it where the answer has begun. Engines in `avoid` are not asked again; their nodes only where nobody else
 /// is left (an engine that was started again is another engine).
 pub(super) fn choose<'a>(
     offers: &'a [Offer],
     engines: &Engines,
     wanted: &Wanted,
+    begun: Option<Begun>,
     avoid: &[EngineId],
     now: Duration,
 ) -> Option<Choice<'a>> {
@@ -178,6 +232,10 @@ pub(super) fn choose<'a>(
         }
         if avoid.contains(&id) {
             considered.push(left_out("it was asked before".into()));
+            continue;
+        }
+        if let Some(why) = begun.and_then(|begun| begun.objection(&offer.facts)) {
+            considered.push(left_out(why.into()));
             continue;
         }
         if let Some(why) = trouble(offer, engines, now) {

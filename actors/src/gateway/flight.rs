@@ -11,80 +11,30 @@ use ingle_protocol::EngineId;
 use ingle_protocol::recovery::{NextMove, Standing, is_fault_of_worker};
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v2::{Accepted, Failed, FailureKind, NO_TOKEN_ID, RefusalKind, Refused, Request};
-use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, sleep_until, timeout_at};
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout_at};
 
 use super::GatewayError;
 use super::admission::Permit;
-use super::choice::{self, Choice, Wanted};
+use super::attempt::{Attempt, Event, LOOK_AGAIN};
+use super::choice::{self, Begun, Choice, Wanted};
 use super::embed::{Gathered, broken};
-use super::engines::{Engine, Place};
+use super::engines::Place;
 use super::journal::{Attempt as AttemptRecord, Considered, Record};
 use super::router::Router;
 use super::warming::is_cold;
 use crate::cluster::submit_remote;
+use crate::json::Members;
 use crate::monitor::Timeline;
 use crate::worker::Answers;
 
 /// How long a request waits for a worker that may come back, where no other is there.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often it looks while it waits.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// The request's time is up.
 pub(super) fn out_of_time() -> Failed {
     let message = "the request's time was up before its answer was complete".to_owned();
     Failed { kind: FailureKind::DeadlineExceeded, message, retryable: false, migratable: false }
-}
-
-fn broken_off() -> Answer {
-    let message = "the worker gave up in the middle of the answer".to_owned();
-    Answer::Failed(Failed { kind: FailureKind::ConnectionLost, message, retryable: true, migratable: true })
-}
-
-/// One worker's try.
-struct Attempt {
-    id: EngineId,
-    node_name: String,
-    engine: Arc<Engine>,
-    place: Place,
-    answers: Answers,
-    suspicion: watch::Receiver<Option<String>>,
-    any_token: bool,
-}
-
-/// What an attempt says next.
-enum Event {
-    Frame(Answer),
-    /// Its worker is under suspicion.
-    Suspected(String),
-    OutOfTime,
-}
-
-impl Attempt {
-    async fn next(&mut self, deadline: Instant) -> Event {
-        loop {
-            // While the suspicion stands nobody else may have been there; somebody may come.
-            let suspected = self.suspicion.borrow_and_update().clone();
-            let look_again = async {
-                match &suspected {
-                    Some(_) => sleep(LOOK_AGAIN * 5).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                biased;
-                answer = self.answers.recv() => return Event::Frame(answer.unwrap_or_else(broken_off)),
-                changed = self.suspicion.changed() => {
-                    if changed.is_ok() && let Some(why) = self.suspicion.borrow_and_update().clone() {
-                        return Event::Suspected(why);
-                    }
-                }
-                () = look_again => if let Some(why) = suspected { return Event::Suspected(why) },
-                () = sleep_until(deadline.into()) => return Event::OutOfTime,
-            }
-        }
-    }
 }
 
 /// An attempt that is to be made.
@@ -123,6 +73,12 @@ pub(super) struct Flight {
     numerics: Option<String>,
     /// Embeddings of the attempt that runs.
     pub gathered: Gathered,
+    /// A far server answers now.
+    at_endpoint: bool,
+    /// Some of the delivered tokens have no ids.
+    without_ids: bool,
+    /// More than text was delivered: reasoning, calls of tools. No worker can be told of that.
+    beside_text: bool,
     /// Features of the worker that answers.
     pub features: Vec<String>,
     pub accepted: Option<Accepted>,
@@ -155,6 +111,9 @@ impl Flight {
             migrations: 0,
             deaths: 0,
             numerics: None,
+            at_endpoint: false,
+            without_ids: false,
+            beside_text: false,
             features: Vec::new(),
             accepted: None,
             timeline: Timeline::new(began),
@@ -182,6 +141,25 @@ impl Flight {
         Standing { delivered: self.delivered(), retries, migrations, deaths }
     }
 
+    /// What the answer asks of who goes on with it; `None` before its first token.
+    fn begun(&self) -> Option<Begun> {
+        let Self { without_ids, at_endpoint, .. } = *self;
+        let has_extra = !self.request.extra.is_empty();
+        (self.delivered() > 0).then_some(Begun { without_ids, at_endpoint, has_extra })
+    }
+
+    /// Says at the end of what broke why the answer did not go on elsewhere.
+    fn note_why_not(&self, end: Answer, why: &str) -> Answer {
+        self.record.lock().notes.push(format!("the answer could not go on elsewhere: {why}"));
+        match end {
+            Answer::Failed(failed) => {
+                let message = format!("{}; the answer could not go on elsewhere: {why}", failed.message);
+                Answer::Failed(Failed { message, retryable: false, migratable: false, ..failed })
+            }
+            end => end,
+        }
+    }
+
     /// The next thing that happens to the request. An error is its end before anything was delivered; afterwards the
     /// end is a frame.
     pub async fn step(&mut self) -> Result<Step, GatewayError> {
@@ -190,7 +168,17 @@ impl Flight {
         {
             // The first trouble says more than that nobody was there afterwards.
             return match self.pending.end.take() {
-                Some(end) => self.give_up(end),
+                Some(end) => {
+                    let end = match self.begun() {
+                        Some(begun) => {
+                            let offers = self.router.offers();
+                            let why = choice::nobody_goes_on(&offers, &self.wanted, begun, &self.avoid);
+                            self.note_why_not(end, &why)
+                        }
+                        None => end,
+                    };
+                    self.give_up(end)
+                }
                 None => Err(error),
             };
         }
@@ -210,7 +198,10 @@ impl Flight {
                     }
                     Answer::Progress(_) => Ok(Step::Alive),
                     Answer::Token(_) if self.request.embed.is_some() => self.failed(broken("it is words".into())),
-                    Answer::Token(token) if token.position < delivered && token.id != NO_TOKEN_ID => {
+                    // Who goes on behind a text counts its tokens in another way.
+                    Answer::Token(token)
+                        if token.position < delivered && token.id != NO_TOKEN_ID && !self.without_ids =>
+                    {
                         tracing::warn!(position = token.position, "a worker says a token again; it is left out");
                         Ok(Step::Alive)
                     }
@@ -224,6 +215,8 @@ impl Flight {
                         if token.position >= delivered {
                             self.request.resume.push(token.id);
                         }
+                        self.without_ids |= token.id == NO_TOKEN_ID;
+                        self.beside_text |= says_more_than_text(&token.extra);
                         self.request.resume_text.extend_from_slice(&token.text);
                         if let Some(record) = self.record.lock().attempts.last_mut() {
                             record.tokens += 1;
@@ -284,7 +277,10 @@ impl Flight {
         let hopeful = matches!(refused.kind, RefusalKind::Loading | RefusalKind::UnknownModel);
         // Where it broke first says more than that it could not go on there.
         let end = match self.pending.end.take() {
-            Some(first) if self.delivered() > 0 => first,
+            Some(first) if self.delivered() > 0 => match next {
+                NextMove::GiveUp => self.note_why_not(first, &refused.message),
+                NextMove::Retry | NextMove::Migrate => first,
+            },
             _ => Answer::Refused(refused),
         };
         self.go_on(next, &cause, end, hopeful)
@@ -311,11 +307,13 @@ impl Flight {
         let offers = self.router.offers();
         let mut avoid = self.avoid.clone();
         avoid.push(id);
-        let other = choice::choose(&offers, &self.router.engines, &self.wanted, &avoid, self.router.now());
+        let (engines, now) = (&self.router.engines, self.router.now());
+        let other = choice::choose(&offers, engines, &self.wanted, self.begun(), &avoid, now);
         let elsewhere = other.is_some_and(|other| other.id.node != id.node);
         let message = format!("{node} is under suspicion: {why}");
         let failed = Failed { kind: FailureKind::WorkerSilent, message, retryable: true, migratable: true };
         match self.standing().after_failure(&failed) {
+            NextMove::Migrate if self.beside_text => Ok(Step::Alive),
             NextMove::Retry | NextMove::Migrate if elsewhere => self.failed(failed),
             // Nobody else: it may go on by itself, and ends with its connection or its time otherwise.
             _ => Ok(Step::Alive),
@@ -332,6 +330,10 @@ impl Flight {
             NextMove::Retry => {
                 self.retries += 1;
                 "retry"
+            }
+            NextMove::Migrate if self.beside_text => {
+                let end = self.note_why_not(end, "it has said more than text (reasoning or calls of tools)");
+                return self.give_up(end);
             }
             NextMove::Migrate => {
                 self.migrations += 1;
@@ -354,18 +356,18 @@ impl Flight {
         loop {
             let offers = self.router.offers();
             let now = self.router.now();
-            let begun = self.delivered() > 0;
-            if !begun {
+            if self.delivered() == 0 {
                 self.router.follow_name(&mut self.request, &mut self.wanted, &offers);
             }
-            if let Some(chosen) = choice::choose(&offers, &self.router.engines, &self.wanted, &self.avoid, now) {
+            let begun = self.begun();
+            if let Some(chosen) = choice::choose(&offers, &self.router.engines, &self.wanted, begun, &self.avoid, now) {
                 self.send_to(chosen).await;
                 return Ok(());
             }
-            let waits =
-                self.pending.hopeful && choice::is_hope(&offers, self.wanted.digest, &self.avoid, since.elapsed());
+            let waits = self.pending.hopeful
+                && choice::is_hope(&offers, self.wanted.digest, begun, &self.avoid, since.elapsed());
             // A model that went while its request was under way is loaded again for it.
-            let coming = (self.pending.hopeful && !begun && is_cold(&offers, &self.request.model))
+            let coming = (self.pending.hopeful && begun.is_none() && is_cold(&offers, &self.request.model))
                 .then(|| self.router.coming(&offers, &self.request.model))
                 .flatten();
             let is_late = Instant::now() >= if coming.is_some() { self.deadline } else { until };
@@ -383,6 +385,7 @@ impl Flight {
         self.gathered.begin_anew();
         let numerics = &offer.facts.numerics;
         self.features.clone_from(&offer.facts.features);
+        self.at_endpoint = offer.facts.is_endpoint();
         if let Some(before) = self.numerics.replace(numerics.clone())
             && before != *numerics
             && self.delivered() > 0
@@ -399,7 +402,7 @@ impl Flight {
         let suspicion = engine.watch_suspicion();
         let submitting = async {
             match &offer.link {
-                None => Ok(self.router.workers.submit(self.request.clone()).await),
+                None => Ok(self.router.workers.submit_to(Some(id.index), self.request.clone()).await),
                 Some(link) => submit_remote(link, &self.request).await.map(Answers::from),
             }
         };
@@ -434,6 +437,11 @@ impl Flight {
             self.router.learn(&self.request.model, answer_tokens, bytes, prompt_tokens);
         }
     }
+}
+
+/// What an endpoint said with a token was more than its text.
+fn says_more_than_text(extra: &[u8]) -> bool {
+    !extra.is_empty() && Members::parse(extra).is_ok_and(|members| members.has("delta"))
 }
 
 /// An answer that is one frame.

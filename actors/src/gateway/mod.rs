@@ -1,6 +1,7 @@
 //! Where a request enters: find the model, wait for its turn, choose a worker, move where that breaks, deliver.
 
 mod admission;
+mod attempt;
 mod choice;
 mod delivery;
 mod embed;

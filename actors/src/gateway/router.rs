@@ -399,7 +399,7 @@ impl Gateway {
         self.0.retries.lock().unwrap_or_else(PoisonError::into_inner).request(self.0.now());
         let nobody = || choice::nobody(&offers, &self.0.engines, &request.model, self.0.now());
         let wanted = self.0.wanted(&request, &offers).ok_or_else(nobody)?;
-        let can_come = choice::is_hope(&offers, wanted.digest, &[], Duration::ZERO);
+        let can_come = choice::is_hope(&offers, wanted.digest, None, &[], Duration::ZERO);
         if !can_come {
             return Err(nobody());
         }

@@ -146,9 +146,6 @@ impl Node {
                 (Origin::Source(read.to_string()), pins)
             }
             (None, Some(endpoint)) => {
-                if sha256.is_some() {
-                    return Err("an endpoint's model has no file here whose hash could be checked".into());
-                }
                 let pins = if pins.is_empty() { vec![self.options.name.clone()] } else { pins };
                 let slots = slots_in(&parameters);
                 let embeds = kind == ModelType::Embedding;
@@ -188,7 +185,7 @@ impl Node {
         if !asked {
             return Ok(endpoint);
         }
-        let options = options_of(name, &endpoint, slots, embeds)?;
+        let options = options_of(name, &endpoint, slots, embeds, None)?;
         let found = ask_once(&options).await.map_err(|why| {
             format!("nothing is registered, because the endpoint {address} cannot answer now: {why} (with --unchecked it is registered all the same)")
         })?;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use ingle_protocol::ModelDigest;
 use ingle_protocol::registry::{Endpoint, ModelType, Record, Value};
 use ingle_protocol::wire::v2::ModelState;
 use tokio::task::JoinSet;
@@ -33,6 +34,7 @@ struct Wanted {
     endpoint: Endpoint,
     slots: Option<u32>,
     embeds: bool,
+    sha256: Option<ModelDigest>,
 }
 
 impl Wanted {
@@ -42,7 +44,7 @@ impl Wanted {
             _ => None,
         };
         let embeds = record.kind() == ModelType::Embedding;
-        Some(Self { endpoint: record.endpoint()?.clone(), slots, embeds })
+        Some(Self { endpoint: record.endpoint()?.clone(), slots, embeds, sha256: record.sha256() })
     }
 }
 
@@ -66,6 +68,7 @@ pub(crate) fn options_of(
     endpoint: &Endpoint,
     slots: Option<u32>,
     embeds: bool,
+    sha256: Option<ModelDigest>,
 ) -> Result<EndpointOptions, String> {
     Ok(EndpointOptions {
         url: endpoint.url.parse().map_err(|error| format!("its address cannot be used: {error}"))?,
@@ -77,6 +80,7 @@ pub(crate) fn options_of(
         embeds,
         first_token_timeout: EndpointOptions::FIRST_TOKEN_TIMEOUT,
         silence_timeout: EndpointOptions::SILENCE_TIMEOUT,
+        sha256,
     })
 }
 
@@ -176,7 +180,7 @@ impl EndpointKeeper {
         tasks: &mut JoinSet<Ended>,
     ) -> Running {
         let cancel = cancel.child_token();
-        let made = options_of(name, &wanted.endpoint, wanted.slots, wanted.embeds).and_then(|options| {
+        let made = options_of(name, &wanted.endpoint, wanted.slots, wanted.embeds, wanted.sha256).and_then(|options| {
             EndpointWorker::new(options, index, self.workers.clone()).map_err(|error| error.to_string())
         });
         let (worker, endpoint): (Arc<dyn Worker>, _) = match made {

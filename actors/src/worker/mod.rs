@@ -46,6 +46,10 @@ pub trait Worker: Send + Sync + std::fmt::Debug {
     fn pulse(&self, own: NodeId) -> Option<EnginePulse>;
     /// Frames of the answer; the last one is always a last one. Dropping the receiver cancels.
     fn submit(&self, request: Request) -> BoxFuture<'_, mpsc::Receiver<Answer>>;
+    /// An answer broke there a moment ago: where another has the same content, it goes first.
+    fn is_doubtful(&self) -> bool {
+        false
+    }
     /// Somebody waits for it: it gets ready where it is not and can. How long that will probably take; `None` where
     /// waiting is of no use.
     fn want(&self) -> Option<Duration> {
@@ -216,6 +220,11 @@ impl Workers {
 
     /// Gives the request to the worker that has its content.
     pub async fn submit(&self, request: Request) -> Answers {
+        self.submit_to(None, request).await
+    }
+
+    /// As [`Self::submit`]; of several with that content the engine of number `meant` goes first.
+    pub async fn submit_to(&self, meant: Option<u16>, request: Request) -> Answers {
         // Counted first and looked at second: a drain that begins in between waits for this request.
         let running = Running::one_more(&self.running);
         if self.draining.load(Ordering::Acquire) {
@@ -228,7 +237,9 @@ impl Workers {
             let busy = || worker.pulse(NodeId::default()).map_or(0, |pulse| work(pulse.load));
             // Of one content under two names the one that is asked for goes first; a far server's names mean nothing.
             let is_other = facts.name != request.model && !facts.is_endpoint();
-            (facts.digest == Some(request.digest)).then(|| (facts.state != ModelState::Ready, is_other, busy()))
+            let is_meant = meant.is_some() && facts.engine.map(|engine| engine.index) == meant;
+            (facts.digest == Some(request.digest))
+                .then(|| (facts.state != ModelState::Ready, !is_meant, worker.is_doubtful(), is_other, busy()))
         };
         let able = self.all().into_iter().filter_map(|worker| Some((load(&worker)?, worker)));
         let Some((_, worker)) = able.min_by_key(|(load, _)| *load) else {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v2::{EnginePulse, ModelFacts, ModelState, RefusalKind, Request};
+use ingle_protocol::wire::v2::{EMBEDDINGS, EnginePulse, ModelFacts, ModelState, RESUMES_TEXT, RefusalKind, Request};
 use ingle_protocol::{EngineId, NodeId};
 use tokio::sync::mpsc;
 
@@ -96,6 +96,15 @@ impl ModelWorker {
     }
 }
 
+/// What its engine honours, and for one that writes: it goes on behind a text of somebody else.
+fn features(status: &Status) -> Vec<String> {
+    let mut features = status.features.clone();
+    if status.report.is_some() && !features.iter().any(|feature| feature == EMBEDDINGS) {
+        features.push(RESUMES_TEXT.to_owned());
+    }
+    features
+}
+
 impl Worker for ModelWorker {
     fn facts(&self, own: NodeId) -> ModelFacts {
         let status = self.status();
@@ -109,7 +118,7 @@ impl Worker for ModelWorker {
             numerics: report.map(|r| r.numerics.clone()).unwrap_or_default(),
             context_length: report.map_or(0, |r| r.context_length),
             slots: report.map_or(status.values.batch_size, |r| r.slots),
-            features: status.features.clone(),
+            features: features(&status),
             // The echo engine is for tests: nobody gets it without asking for it by name.
             is_default: self.options.is_default && !matches!(self.options.choice, ModelChoice::Echo),
         }

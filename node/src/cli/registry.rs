@@ -4,11 +4,11 @@ use clap::{ArgGroup, Args};
 
 /// Options of `ingle models add`.
 #[derive(Debug, Args)]
-#[command(group(ArgGroup::new("origin").required(true).args(["source", "endpoint"])))]
+#[command(group(ArgGroup::new("origin").required(true).args(["source", "endpoint", "discover"])))]
 pub struct AddModel {
     /// The name that requests will use
-    #[arg(long)]
-    pub name: String,
+    #[arg(long, required_unless_present = "discover", conflicts_with = "discover")]
+    pub name: Option<String>,
     /// What it does: `llm` or `embedding`
     #[arg(long = "type", value_name = "TYPE", default_value = "llm")]
     pub kind: String,
@@ -27,7 +27,8 @@ pub struct AddModel {
     /// Register it also where its server does not answer now, and do not wait until its file is loaded somewhere
     #[arg(long)]
     pub unchecked: bool,
-    /// SHA-256 of the file; one with another is refused
+    /// SHA-256 of the file; one with another is refused. Of an endpoint, the file that it answers with: then it is the same
+    /// model as on machines that run this file, and answers move between them
     #[arg(long, value_name = "HEX")]
     pub sha256: Option<String>,
     /// A node that is to have it; may be given several times [default: any; for an endpoint this one]
@@ -36,8 +37,21 @@ pub struct AddModel {
     /// How long it stays loaded when nobody asks it, as in 30m, or `forever`
     #[arg(long, value_name = "TIME")]
     pub keep_alive: Option<String>,
+    /// Look for Ollama, llama.cpp's server, vLLM and LM Studio on this machine, and offer their models
+    ///
+    /// Asks what to register where somebody sits at the terminal, and prints what to type otherwise. Names of models
+    /// behind it are registered without asking.
+    #[arg(long, conflicts_with_all = ["sha256", "keep_alive"])]
+    pub discover: bool,
+    /// With --discover: register all of them without asking
+    #[arg(long, requires = "discover", conflicts_with_all = ["source", "endpoint"])]
+    pub yes: bool,
+    /// With --discover: look at this port, and not at the usual ones (11434, 8080, 9931, 8000, 1234); may be given several
+    /// times
+    #[arg(long, value_name = "PORT", requires = "discover", conflicts_with_all = ["source", "endpoint"])]
+    pub port: Vec<u16>,
     /// Parameters, as `ingle models set` takes them, quantization included; an endpoint has batch_size only: how many answers it writes at once
-    #[arg(value_name = "KEY=VALUE")]
+    #[arg(value_name = "KEY=VALUE|NAME")]
     pub values: Vec<String>,
     /// Print JSON
     #[arg(long)]

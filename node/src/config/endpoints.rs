@@ -52,7 +52,10 @@ pub fn options(
 }
 
 fn one(part: EndpointPart, get: impl Fn(&str) -> Option<OsString>) -> Result<EndpointOptions, String> {
-    let EndpointPart { url, model, name, api_key_env, slots, default, first_token_timeout, silence_timeout } = part;
+    let EndpointPart { url, model, name, api_key_env, slots, sha256, default, first_token_timeout, silence_timeout } =
+        part;
+    let sha256 = sha256.map(|text| text.parse().map_err(|_| "sha256 must be 64 digits of lower-case hex".to_owned()));
+    let sha256 = sha256.transpose()?;
     for (what, text) in [("model", &model), ("name", &name)] {
         match text {
             Some(text) if text.trim().is_empty() => return Err(format!("the {what} is empty")),
@@ -83,16 +86,18 @@ fn one(part: EndpointPart, get: impl Fn(&str) -> Option<OsString>) -> Result<End
         },
     };
     let url = url.parse().map_err(|error| format!("its address cannot be used: {error}"))?;
+    let (is_default, embeds) = (default, false);
     Ok(EndpointOptions {
         url,
         model,
         name,
         key,
         slots,
-        is_default: default,
-        embeds: false,
+        is_default,
+        embeds,
         first_token_timeout,
         silence_timeout,
+        sha256,
     })
 }
 
@@ -133,6 +138,7 @@ mod tests {
             ("url = \"box:80\"", "http or https"),
             ("url = \"http://me:pw@box\"", "password"),
             ("url = \"http://a\"\nslots = 0", "slots"),
+            ("url = \"http://a\"\nsha256 = \"AB\"", "lower-case hex"),
             ("url = \"http://a\"\nname = \"\"", "empty"),
             ("url = \"http://a\"\nname = \"default\"", "another name"),
             ("url = \"http://a\"\nsilence_timeout = \"0s\"", "a second"),

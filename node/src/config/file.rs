@@ -183,6 +183,8 @@ pub struct EndpointPart {
     pub api_key_env: Option<String>,
     /// Answers that it writes at once; asked for where missing.
     pub slots: Option<u32>,
+    /// SHA-256 of the file that it answers with: then it is the same model as on machines that run this file.
+    pub sha256: Option<String>,
     /// It answers requests that name no model.
     #[serde(default)]
     pub default: bool,
@@ -211,6 +213,7 @@ impl EndpointPart {
             name: None,
             api_key_env: None,
             slots: None,
+            sha256: None,
             default: false,
             first_token_timeout: first_token_timeout(),
             silence_timeout: silence_timeout(),

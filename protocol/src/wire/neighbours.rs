@@ -83,7 +83,7 @@ impl Versioned for v2::Request {
     }
 }
 
-/// Without `resume_text`, which only endpoints need: those of an old node cannot go on with an answer. `resume` goes
+/// Without `resume_text`, which those need who go on by the text: an old node has none such. `resume` goes
 /// along, so that a worker that can do nothing with it refuses and does not begin anew.
 impl From<&v2::Request> for v1::Request {
     fn from(new: &v2::Request) -> Self {

@@ -416,6 +416,9 @@ impl ModelState {
 /// What the numerics class of an endpoint's model begins with: nobody here knows what computes there.
 pub const ENDPOINT_NUMERICS: &str = "endpoint-";
 
+/// The feature of a worker that goes on with an answer of which it is told the text and not the tokens.
+pub const RESUMES_TEXT: &str = "resume_text";
+
 impl ModelFacts {
     /// A server elsewhere answers for it.
     pub fn is_endpoint(&self) -> bool {

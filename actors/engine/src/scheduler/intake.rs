@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ingle_protocol::ModelDigest;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v2::{Accepted, Load, ModelState, RefusalKind, Refused, Request};
+use ingle_protocol::wire::v2::{Accepted, Load, ModelState, NO_TOKEN_ID, RefusalKind, Refused, Request};
 use tokio::sync::mpsc;
 
 use super::Wake;
@@ -109,15 +109,16 @@ impl Intake {
         );
         let _entered = span.clone().entered();
         let deadline = at + Duration::from_millis(request.remaining_ms).min(FAR);
-        let prompt = match self.check(&request, deadline) {
-            Ok(prompt) => prompt,
+        let (prompt, resume) = match self.check(&request, deadline) {
+            Ok(checked) => checked,
             Err(refused) => {
                 tracing::info!(kind = ?refused.kind, message = refused.message, "request refused");
                 last.say(Answer::Refused(refused));
                 return None;
             }
         };
-        let Request { mut sampling, resume, priority, .. } = *request;
+        let by_text = is_by_text(&request);
+        let Request { mut sampling, priority, .. } = *request;
         // What the household has set goes before what a request asks for.
         sampling.max_tokens = sampling.max_tokens.into_iter().chain(self.shared.limits().max_tokens).min();
         let (prompt_tokens, resumed) = (prompt.len() as u32, resume.len() as u32);
@@ -135,7 +136,10 @@ impl Intake {
             prompt: prompt_tokens,
             resumed,
             context_length: self.context_length,
-            detokenizer: Detokenizer::new(&sampling.stop),
+            detokenizer: match by_text {
+                true => Detokenizer::behind_text(&sampling.stop),
+                false => Detokenizer::new(&sampling.stop),
+            },
             sampling,
             mask,
             place: Some(place),
@@ -144,7 +148,9 @@ impl Intake {
         };
         let (context_length, load) = (self.context_length, self.shared.load());
         sequence.output.send(Answer::Accepted(Accepted { prompt_tokens, cached_tokens: 0, context_length, load }));
-        if let Some(end) = sequence.replay(&*self.codec) {
+        // Of a text all was delivered: there is nothing to be held back and found again.
+        let end = if by_text { sequence.end_if_full() } else { sequence.replay(&*self.codec) };
+        if let Some(end) = end {
             // The last token had been delivered, only the end had not. A stalled output cannot be here: the
             // channel has carried one frame at most.
             // It has its place in the queue still.
@@ -157,8 +163,27 @@ impl Intake {
         Some(sequence)
     }
 
-    /// The tokens of the prompt, or why not.
-    fn check(&self, request: &Request, deadline: Instant) -> Result<Vec<u32>, Refused> {
+    /// The tokens of what was said of the answer before.
+    fn said(&self, request: &Request) -> Result<Vec<u32>, Refused> {
+        if !is_by_text(request) {
+            return match request.resume.iter().find(|id| **id >= self.vocabulary) {
+                Some(id) => Err(invalid("resume", &format!("token {id} is none of the model's {}", self.vocabulary))),
+                None => Ok(request.resume.clone()),
+            };
+        }
+        if request.resume_text.is_empty() {
+            return Err(invalid("resume", "neither its tokens nor its text are known"));
+        }
+        // No tokenizer makes fewer tokens of so many bytes, and tokenizing them would take long.
+        if request.resume_text.len() / self.codec.longest().max(1) >= self.context_length as usize {
+            return Err(invalid("resume", &format!("it does not fit into {} tokens", self.context_length)));
+        }
+        let text = String::from_utf8_lossy(&request.resume_text);
+        self.codec.continuation(&text).map_err(|error| invalid("resume", &error.0))
+    }
+
+    /// The tokens of the prompt and of what was said before, or why not.
+    fn check(&self, request: &Request, deadline: Instant) -> Result<(Vec<u32>, Vec<u32>), Refused> {
         match self.shared.state() {
             ModelState::Failed { why } => {
                 return Err(refuse(RefusalKind::Draining, None, format!("the engine has failed: {why}")));
@@ -186,9 +211,7 @@ impl Intake {
         if request.messages.is_empty() {
             return Err(invalid("messages", "there must be at least one message"));
         }
-        if let Some(id) = request.resume.iter().find(|id| **id >= self.vocabulary) {
-            return Err(invalid("resume", &format!("token {id} is none of the model's {}", self.vocabulary)));
-        }
+        let resume = self.said(request)?;
         let exceeded = |tokens: String| {
             let message = format!(
                 "This model's maximum context length is {} tokens. However, your messages resulted in {tokens} tokens, \
@@ -215,12 +238,17 @@ impl Intake {
         if prompt.is_empty() {
             return Err(invalid("messages", "the prompt has no tokens"));
         }
-        if prompt.len() + request.resume.len() > self.context_length as usize {
+        if prompt.len() + resume.len() > self.context_length as usize {
             let message = format!("prompt and resumed tokens do not fit into {} tokens", self.context_length);
             return Err(invalid("resume", &message));
         }
-        Ok(prompt)
+        Ok((prompt, resume))
     }
+}
+
+/// Not all tokens of what was said before are known: the answer goes on behind its text.
+fn is_by_text(request: &Request) -> bool {
+    request.resume.contains(&NO_TOKEN_ID)
 }
 
 pub(super) fn hex(bytes: &[u8]) -> String {

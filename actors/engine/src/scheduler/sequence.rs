@@ -170,6 +170,11 @@ impl Sequence {
         (full || self.tokens.len() >= self.context_length as usize).then_some(FinishReason::Length)
     }
 
+    /// The answer may have no further token.
+    pub fn end_if_full(&self) -> Option<End> {
+        self.is_full().map(End::Finished)
+    }
+
     /// Replays resumed tokens. `Some` where the answer was complete already.
     pub fn replay(&mut self, codec: &dyn Codec) -> Option<End> {
         for index in self.prompt as usize..self.tokens.len() {
@@ -178,7 +183,7 @@ impl Sequence {
                 return Some(End::Finished(FinishReason::Stop));
             }
         }
-        self.is_full().map(End::Finished)
+        self.end_if_full()
     }
 
     /// Sends the last frame, with the engine's load, and writes down what the request took. `Some` while the reader has to catch up.

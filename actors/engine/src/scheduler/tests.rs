@@ -295,6 +295,29 @@ fn a_resumed_answer_goes_on_at_the_exact_byte() {
 }
 
 #[test]
+fn an_answer_of_which_only_the_text_is_known_goes_on_behind_it() {
+    let engine = started(echo());
+    let make = |said: &str, tokens: usize| {
+        changed("repeat 3: é😀 END", |r| {
+            // What was delivered ends like the stop text begins: it must not come again.
+            r.sampling.stop = vec!["END é😀 E".into()];
+            r.sampling.max_tokens = Some(22);
+            r.resume = vec![NO_TOKEN_ID; tokens];
+            r.resume_text = said.into();
+        })
+    };
+    let whole = "é😀 ENDé😀 ENDé";
+    for (cut, _) in whole.char_indices().skip(1) {
+        let rest = ask(&engine, make(&whole[..cut], 2));
+        assert_eq!(rest.text(), whole[cut..], "cut at {cut}");
+        let finished = rest.finished();
+        assert_eq!((finished.reason, finished.usage.completion_tokens), (FinishReason::Length, 22), "cut at {cut}");
+    }
+    let full = ask(&engine, make(whole, 2));
+    assert_eq!((full.tokens.len(), full.finished().reason), (0, FinishReason::Length));
+}
+
+#[test]
 fn a_client_that_leaves_frees_its_slot_within_a_step() {
     let engine = started(EngineSpec { options: slots(1), ..echo() });
     let mut receiver = submit(&engine, request("repeat 1000 every 10ms: x"), 64);

@@ -33,6 +33,11 @@ impl Detokenizer {
         Self { stops, ..Self::default() }
     }
 
+    /// For an answer that goes on behind a text, all of which was delivered.
+    pub fn behind_text(stops: &[String]) -> Self {
+        Self { begun: true, ..Self::new(stops) }
+    }
+
     /// Takes the next token.
     pub fn push(&mut self, codec: &dyn Codec, id: u32) -> Piece {
         let bytes = codec.bytes(id);

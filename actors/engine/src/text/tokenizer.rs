@@ -274,6 +274,12 @@ impl Codec for Tokenizer {
         Ok(ids)
     }
 
+    fn continuation(&self, text: &str) -> Result<Vec<u32>, PromptError> {
+        let mut ids = Vec::new();
+        self.encode_plain(text, true, &mut ids)?;
+        Ok(ids)
+    }
+
     fn bytes(&self, id: u32) -> &[u8] {
         let id = id as usize;
         match (self.starts.get(id), self.starts.get(id + 1)) {

@@ -79,6 +79,10 @@ pub fn of_status(status: StatusCode, headers: &HeaderMap, error: FarError, endpo
     };
     let failed = |why: String| Trouble::Failed(FailureKind::EngineError, format!("the endpoint {endpoint} {why}"));
     match status {
+        // llama.cpp while it starts: that is no lack of room.
+        StatusCode::SERVICE_UNAVAILABLE if error.message.starts_with("Loading model") => {
+            refused(RefusalKind::Loading, Some(retry_after(headers).unwrap_or(USUAL_WAIT)))
+        }
         StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::REQUEST_TIMEOUT => {
             refused(RefusalKind::Busy, Some(retry_after(headers).unwrap_or(USUAL_WAIT)))
         }
@@ -98,7 +102,7 @@ pub fn of_status(status: StatusCode, headers: &HeaderMap, error: FarError, endpo
 }
 
 /// `Retry-After`, in seconds or as a date.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let wait = match text.parse::<f64>() {
         Ok(seconds) => Duration::try_from_secs_f64(seconds).ok()?,
@@ -138,7 +142,8 @@ mod tests {
             (404, "{}", Ok(RefusalKind::UnknownModel)),
             (413, "", Ok(RefusalKind::ContextExceeded)),
             (429, "{}", Ok(RefusalKind::Busy)),
-            (503, "Loading model", Ok(RefusalKind::Busy)),
+            (503, "Loading model", Ok(RefusalKind::Loading)),
+            (503, r#"{"error":"server busy, please try again."}"#, Ok(RefusalKind::Busy)),
             (401, "{}", Err(FailureKind::EngineError)),
             (307, "", Err(FailureKind::EngineError)),
             (500, "{}", Err(FailureKind::EngineError)),

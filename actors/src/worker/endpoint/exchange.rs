@@ -7,17 +7,19 @@ use std::time::{Duration, Instant};
 
 use ingle_engine::DEFAULT_READER_DEADLINE as READER_DEADLINE;
 use ingle_protocol::wire::Answer;
-use ingle_protocol::wire::v2::{Accepted, Failed, FailureKind, Finished, Progress, Token};
-use reqwest::header::CONTENT_TYPE;
+use ingle_protocol::wire::v2::{Accepted, Failed, FailureKind, Finished, Progress, RefusalKind, Token};
+use reqwest::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use reqwest::{Response, StatusCode};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Interval, MissedTickBehavior, interval_at, timeout};
 
 use super::address::Secret;
-use super::errors::{FarError, Trouble, of_status, of_transport};
+use super::errors::{FarError, Trouble, of_status, of_transport, retry_after};
+use super::gate::Gate;
 use super::meter;
 use super::sse::EventReader;
-use super::stream::AnswerStream;
+use super::stream::{AnswerStream, Behind};
+use crate::worker::Workers;
 
 /// How often a request that waits says so, and limits are looked at.
 const TICK: Duration = Duration::from_millis(250);
@@ -26,6 +28,8 @@ const LONGEST_TEXT: usize = 32 << 10;
 /// The most that is read of an answer that is an error, and how long that may take.
 const ERROR_LIMIT: usize = 64 << 10;
 const ERROR_DEADLINE: Duration = Duration::from_secs(2);
+/// How often a request waits for its turn anew that came to be one too many.
+const MOST_TURNS: u32 = 8;
 /// How long the end of the body may come behind the end of the answer; later, the connection is not used again.
 const TAIL_DEADLINE: Duration = Duration::from_secs(1);
 
@@ -53,12 +57,27 @@ pub struct Exchange {
     pub patience: Patience,
     /// Its place among the others.
     pub place: meter::Exchange,
+    /// Where it waits for its turn.
+    pub gate: Arc<Gate>,
+    /// Told where the far side has other room than before.
+    pub workers: Arc<Workers>,
     /// 0 where it is not known.
     pub context_length: u32,
     /// Embeddings that are due; `None` for an answer in words.
     pub embeddings: Option<usize>,
+    /// What was said before.
+    pub behind: Behind,
     /// Told where the far side does not answer.
     pub trouble: Arc<Notify>,
+}
+
+/// How it came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// The far side is not to blame.
+    Well,
+    /// It broke there.
+    Broken,
 }
 
 /// Why an exchange is over early.
@@ -86,6 +105,8 @@ pub struct Watch {
     any_token: bool,
     /// `host:port`, for messages.
     pub endpoint: String,
+    /// For how long the far side asks to be left alone.
+    pause: Option<Duration>,
 }
 
 impl Watch {
@@ -116,7 +137,7 @@ impl Watch {
             return Err(Trouble::Failed(FailureKind::DeadlineExceeded, message));
         }
         let trouble = if self.any_token {
-            silent(self.patience.silence, self.heard, "byte")
+            silent(self.patience.silence, self.heard, "line")
         } else {
             silent(self.patience.first_token, self.began, "token")
         };
@@ -170,28 +191,57 @@ impl Watch {
 
 impl Exchange {
     /// Runs it to its end.
-    pub async fn run(self, answers: mpsc::Sender<Answer>) {
+    pub async fn run(self, answers: mpsc::Sender<Answer>) -> Ended {
         // For the last word to a reader that reads too slowly.
-        let Ok(last_word) = answers.clone().try_reserve_owned() else { return };
+        let Ok(last_word) = answers.clone().try_reserve_owned() else { return Ended::Well };
         let now = Instant::now();
         let mut ticks = interval_at((now + TICK).into(), TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let Self { request, endpoint, key, deadline, patience, mut place, context_length, embeddings, trouble } = self;
+        let Self { mut request, endpoint, key, deadline, patience, mut place, .. } = self;
+        let Self { gate, workers, context_length, embeddings, .. } = self;
         let prompt_tokens = place.prompt_tokens();
-        let mut stream = AnswerStream::new(&endpoint, prompt_tokens);
-        let mut watch =
-            Watch { answers, ticks, began: now, deadline, patience, heard: now, any_token: false, endpoint };
+        let resumed = self.behind.position > 0;
+        let mut stream = AnswerStream::new(&endpoint, prompt_tokens, self.behind);
+        let (heard, any_token, pause) = (now, false, None);
+        let mut watch = Watch { answers, ticks, began: now, deadline, patience, heard, any_token, endpoint, pause };
         let accepted = Accepted { prompt_tokens, cached_tokens: 0, context_length, load: place.load() };
+        let mut inside = None;
         let told = async {
             if let Some(due) = embeddings {
+                inside = Some(watch.until(gate.enter()).await?);
                 let finished = super::embed::ask(&mut watch, request, due, accepted, &mut place).await?;
                 let load = place.end();
                 return watch.send(Answer::Finished(Finished { load, ..finished })).await;
             }
-            let mut response = begin(&mut watch, request).await?;
+            let mut turns = 0..MOST_TURNS;
+            let mut response = loop {
+                let entered = watch.until(gate.enter()).await?;
+                watch.began = Instant::now();
+                let again = request.try_clone();
+                let begun = begin(&mut watch, request).await;
+                // Its room is taken by others of ours: when they end there is some.
+                if let (Err(Over::Trouble(Trouble::Refused(refused))), Some(again)) = (&begun, again)
+                    && refused.kind == RefusalKind::Busy
+                    && watch.pause.is_none()
+                    && gate.has_others()
+                    && turns.next().is_some()
+                {
+                    if gate.refused(&entered, None, Instant::now()) {
+                        workers.note_change();
+                    }
+                    request = again;
+                    continue;
+                }
+                inside = Some(entered);
+                break begun?;
+            };
             watch.send(Answer::Accepted(accepted)).await?;
             pass_on(&mut watch, &mut response, &mut stream, &mut place).await?;
             let finished = stream.finish()?;
+            if gate.went_well() {
+                workers.note_change();
+            }
+            inside = None;
             let load = place.end();
             watch.send(Answer::Finished(Finished { load, ..finished })).await?;
             // A body that is read to its end leaves a connection that can be used again.
@@ -199,30 +249,42 @@ impl Exchange {
             Ok(())
         };
         let found = match told.await {
-            Ok(()) | Err(Over::Left) => return,
+            Ok(()) | Err(Over::Left) => return Ended::Well,
             Err(Over::Trouble(found)) => found,
         };
         let clean = |message: String| key.as_ref().map_or(message.clone(), |key| key.struck_from(&message));
-        last_word.send(match found {
+        match found {
             Trouble::Refused(mut refused) => {
+                let changed = match (refused.kind, &inside) {
+                    (RefusalKind::Busy, Some(inside)) => gate.refused(inside, watch.pause, Instant::now()),
+                    _ => false,
+                };
+                if changed {
+                    workers.note_change();
+                }
+                if refused.kind == RefusalKind::Loading {
+                    self.trouble.notify_one();
+                }
                 refused.message = clean(refused.message);
-                Answer::Refused(refused)
+                last_word.send(Answer::Refused(refused));
+                Ended::Well
             }
             Trouble::Failed(kind, message) => {
                 tracing::info!(?kind, message = clean(message.clone()), "an endpoint's answer broke");
                 if matches!(kind, FailureKind::ConnectionLost | FailureKind::WorkerSilent | FailureKind::EngineError) {
-                    trouble.notify_one();
+                    self.trouble.notify_one();
                 }
                 let final_word = matches!(kind, FailureKind::DeadlineExceeded | FailureKind::ReaderTooSlow);
                 let any_token = watch.any_token;
-                Answer::Failed(Failed {
+                last_word.send(Answer::Failed(Failed {
                     kind,
                     message: clean(message),
-                    retryable: !final_word && !any_token,
-                    migratable: !final_word && any_token,
-                })
+                    retryable: !final_word && !any_token && !resumed,
+                    migratable: !final_word && (any_token || resumed),
+                }));
+                if final_word { Ended::Well } else { Ended::Broken }
             }
-        });
+        }
     }
 }
 
@@ -234,8 +296,15 @@ pub async fn sent(watch: &mut Watch, request: reqwest::RequestBuilder) -> Result
     let status = response.status();
     if status != StatusCode::OK {
         let headers = response.headers().clone();
+        watch.pause = retry_after(&headers);
         let error = FarError::read(&watch.until(error_body(response)).await?);
         return Err(of_status(status, &headers, error, &endpoint).into());
+    }
+    let coding = response.headers().get(CONTENT_ENCODING).map(|coding| String::from_utf8_lossy(coding.as_bytes()));
+    if let Some(coding) = coding.filter(|coding| !coding.eq_ignore_ascii_case("identity")) {
+        let coding: String = coding.chars().filter(|c| !c.is_control()).take(40).collect();
+        let message = format!("the endpoint {endpoint} answers in the coding {coding}, which nobody asked for");
+        return Err(Trouble::Failed(FailureKind::Protocol, message).into());
     }
     watch.heard = Instant::now();
     Ok(response)
@@ -286,13 +355,13 @@ async fn pass_on(
     while !ended && !stream.is_done() {
         let piece = watch.until(response.chunk()).await?.map_err(|error| of_transport(&error, &watch.endpoint))?;
         let now = Instant::now();
-        watch.heard = now;
         if now >= watch.deadline {
             // Whoever always has something to say is never waited for.
             watch.check(now)?;
         }
         ended = piece.is_none();
         reader.push(piece.as_deref().unwrap_or_default());
+        let lines = reader.lines();
         loop {
             let event = if ended { reader.end() } else { reader.event() };
             let Some(data) = event.map_err(|error| stream.lie(error))? else { break };
@@ -303,6 +372,13 @@ async fn pass_on(
                 watch.any_token = true;
                 watch.send_token(token).await?;
             }
+        }
+        // Bytes alone are no progress: a line that never ends could go on like that for days.
+        if reader.lines() > lines {
+            // Who did not read in time may have been waited for since.
+            watch.heard = watch.heard.max(now);
+        } else {
+            watch.check(now)?;
         }
     }
     Ok(())

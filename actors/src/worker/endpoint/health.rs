@@ -22,6 +22,8 @@ pub struct FoundModel {
     pub name: String,
     /// Context length in tokens; 0 where it is not said.
     pub context_length: u32,
+    /// Who owns it, as the far side says: a hint at what answers there.
+    pub owner: String,
 }
 
 /// Why it does not answer.
@@ -33,14 +35,18 @@ pub enum NotReady {
     Failed(String),
 }
 
+/// The answer to `GET /v1/models`.
 #[derive(Deserialize)]
-struct List {
-    data: Vec<Listed>,
+pub(super) struct List {
+    pub data: Vec<Listed>,
 }
 
+/// One of its models.
 #[derive(Deserialize)]
-struct Listed {
-    id: String,
+pub(super) struct Listed {
+    pub id: String,
+    #[serde(default)]
+    pub owned_by: Option<String>,
     /// vLLM.
     #[serde(default)]
     max_model_len: Option<u32>,
@@ -49,10 +55,11 @@ struct Listed {
     meta: Option<Meta>,
 }
 
+/// What llama.cpp says of a model or of its slots.
 #[derive(Deserialize)]
-struct Meta {
+pub(super) struct Meta {
     #[serde(default)]
-    n_ctx: Option<u32>,
+    pub n_ctx: Option<u32>,
 }
 
 /// Finds `wanted` in the answer to `GET /v1/models`; without a name, the only model that there is.
@@ -81,7 +88,7 @@ fn choose(body: &[u8], wanted: Option<&str>) -> Result<FoundModel, String> {
         }
     };
     let context_length = found.max_model_len.or(found.meta.as_ref().and_then(|meta| meta.n_ctx)).unwrap_or(0);
-    Ok(FoundModel { name: found.id.clone(), context_length })
+    Ok(FoundModel { name: found.id.clone(), context_length, owner: found.owned_by.clone().unwrap_or_default() })
 }
 
 /// Asks for the models.
@@ -104,26 +111,8 @@ pub async fn probe(
     }
 }
 
-/// What llama.cpp's server says of itself: slots and context length. Other servers do not have the question.
-pub async fn properties(client: &reqwest::Client, url: &EndpointUrl, key: Option<&Secret>) -> (Option<u32>, u32) {
-    #[derive(Deserialize)]
-    struct Properties {
-        total_slots: u32,
-        #[serde(default)]
-        default_generation_settings: Option<Meta>,
-    }
-    let asked = tokio::time::timeout(PROBE_DEADLINE, get(client, url.route("props"), key)).await;
-    let Ok(Ok((StatusCode::OK, body))) = asked else { return (None, 0) };
-    match serde_json::from_slice::<Properties>(&body) {
-        Ok(said) => {
-            let context = said.default_generation_settings.and_then(|settings| settings.n_ctx).unwrap_or(0);
-            (Some(said.total_slots).filter(|slots| *slots > 0), context)
-        }
-        Err(_) => (None, 0),
-    }
-}
-
-async fn get(
+/// The answer to a question, whole and bounded.
+pub(super) async fn get(
     client: &reqwest::Client,
     url: reqwest::Url,
     key: Option<&Secret>,
@@ -151,7 +140,8 @@ mod tests {
     #[test]
     fn the_model_is_found_in_lists_of_all_servers() {
         let found = |body: &str, wanted| choose(body.as_bytes(), wanted);
-        let model = |name: &str, context_length| Ok(FoundModel { name: name.into(), context_length });
+        let model =
+            |name: &str, context_length| Ok(FoundModel { name: name.into(), context_length, owner: String::new() });
         let llama =
             r#"{"object":"list","data":[{"id":"m.gguf","object":"model","meta":{"n_ctx_train":2048}}],"models":[]}"#;
         let vllm = r#"{"data":[{"id":"a","max_model_len":4096},{"id":"b"}]}"#;

@@ -4,11 +4,15 @@
 
 mod address;
 mod chunk;
+mod dialect;
+mod discover;
 mod embed;
 mod errors;
 mod exchange;
+mod gate;
 mod health;
 mod meter;
+mod options;
 mod request;
 mod sse;
 mod stream;
@@ -22,7 +26,8 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use ingle_protocol::wire::Answer;
 use ingle_protocol::wire::v2::{
-    EMBEDDINGS, ENDPOINT_NUMERICS, Embed, EnginePulse, Load, ModelFacts, ModelState, RefusalKind, Refused, Request,
+    Accepted, EMBEDDINGS, ENDPOINT_NUMERICS, Embed, EnginePulse, FinishReason, Finished, Load, ModelFacts, ModelState,
+    RESUMES_TEXT, RefusalKind, Refused, Request, Usage,
 };
 use ingle_protocol::{EngineId, ModelDigest, NodeId};
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -32,10 +37,16 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 pub use address::{EndpointUrl, EndpointUrlError, Secret};
+pub use discover::{FoundName, FoundServer, USUAL_PORTS, discover};
+pub use options::EndpointOptions;
 
-use self::exchange::{Exchange, Patience};
+use self::dialect::FarSide;
+use self::exchange::{Ended, Exchange, Patience};
+use self::gate::Gate;
 use self::health::NotReady;
 use self::meter::Meter;
+use self::options::client;
+use self::stream::Behind;
 use super::{ANSWER_BUFFER, Worker, Workers, only_refusal};
 use crate::models::{ClientError, model_name};
 
@@ -43,47 +54,16 @@ use crate::models::{ClientError, model_name};
 const MOST_REQUESTS: u32 = 1_024;
 /// Places of an endpoint that does not say how many it has.
 const USUAL_SLOTS: u32 = 8;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Servers close idle connections after five seconds or more; who is earlier never writes into one that is closing.
-const IDLE_LIMIT: Duration = Duration::from_secs(4);
 /// How often a good endpoint is asked how it is, and how soon a bad one, which waits twice as long each time.
 const PROBE_INTERVAL: Duration = Duration::from_secs(5);
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(15);
 /// How often one that is to go is looked at, whether its answers have ended.
 const FINISH_LOOK: Duration = Duration::from_millis(20);
+/// For so long another endpoint with the same model goes before one where an answer broke.
+const DOUBT: Duration = Duration::from_secs(5);
 /// A tokenizer is not here; four bytes a token is the usual estimate for English.
 const BYTES_PER_TOKEN: usize = 4;
-
-/// An endpoint as it is configured.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EndpointOptions {
-    /// Where it is.
-    pub url: EndpointUrl,
-    /// The model's name there; `None` takes the only one that there is.
-    pub model: Option<String>,
-    /// The model's name here; `None` is the far side's.
-    pub name: Option<String>,
-    /// Sent as a bearer token.
-    pub key: Option<Secret>,
-    /// Answers that it writes at once; `None` asks it.
-    pub slots: Option<u32>,
-    /// It answers requests that name no model.
-    pub is_default: bool,
-    /// Its model turns texts into numbers, and does not chat.
-    pub embeds: bool,
-    /// How long it may be silent until the first token.
-    pub first_token_timeout: Duration,
-    /// How long it may be silent between two pieces of an answer.
-    pub silence_timeout: Duration,
-}
-
-impl EndpointOptions {
-    /// The usual [`Self::first_token_timeout`]: slow machines read long prompts for minutes, and say nothing.
-    pub const FIRST_TOKEN_TIMEOUT: Duration = Duration::from_secs(300);
-    /// The usual [`Self::silence_timeout`]: some servers hold a tool call back until it is complete.
-    pub const SILENCE_TIMEOUT: Duration = Duration::from_secs(120);
-}
 
 #[derive(Debug, Clone)]
 struct Status {
@@ -94,6 +74,10 @@ struct Status {
     generation: u32,
     slots: u32,
     context_length: u32,
+    /// What it is.
+    far: FarSide,
+    /// When an answer last broke there.
+    broke: Option<Instant>,
 }
 
 /// One endpoint.
@@ -104,8 +88,9 @@ pub struct EndpointWorker {
     client: reqwest::Client,
     headers: HeaderMap,
     meter: Arc<Meter>,
+    gate: Arc<Gate>,
     workers: Arc<Workers>,
-    status: Mutex<Status>,
+    status: Arc<Mutex<Status>>,
     state: watch::Sender<ModelState>,
     /// Wakes the prober: a request did not come through.
     trouble: Arc<Notify>,
@@ -142,6 +127,8 @@ impl EndpointWorker {
             generation: 0,
             slots: options.slots.unwrap_or(USUAL_SLOTS),
             context_length: 0,
+            far: FarSide::default(),
+            broke: None,
         };
         Ok(Arc::new(Self {
             options,
@@ -149,8 +136,9 @@ impl EndpointWorker {
             client,
             headers,
             meter: Arc::default(),
+            gate: Arc::default(),
             workers,
-            status: Mutex::new(status),
+            status: Arc::new(Mutex::new(status)),
             state: watch::Sender::new(ModelState::Loading),
             trouble: Arc::default(),
             retiring: AtomicBool::new(false),
@@ -177,9 +165,26 @@ impl EndpointWorker {
         name.unwrap_or_else(|| format!("endpoint {}", self.options.url.host_and_port()))
     }
 
-    /// What it is, in words.
+    /// What it is, in words, and what was learnt of how much it takes.
     pub fn backend(&self) -> String {
-        format!("endpoint ({})", self.options.url)
+        let program = self.status().far.in_words();
+        let learnt = match (self.gate.pause(Instant::now()), self.gate.limit()) {
+            (Some(_), _) => Some("asks for a pause".to_owned()),
+            (None, Some(limit)) => Some(format!("takes {limit} at once")),
+            (None, None) => None,
+        };
+        let parts = [Some(self.options.url.to_string()), program, learnt];
+        format!("endpoint ({})", parts.into_iter().flatten().collect::<Vec<_>>().join(", "))
+    }
+
+    /// Places there; none while it asks to be left alone.
+    fn slots(&self, status: &Status) -> u32 {
+        match (self.gate.pause(Instant::now()), self.gate.limit()) {
+            (Some(_), _) => 0,
+            // What somebody set, or it says itself, is not more than what it takes.
+            (None, Some(limit)) => status.slots.min(limit),
+            (None, None) => status.slots,
+        }
     }
 
     /// What is wrong, in words.
@@ -216,8 +221,16 @@ impl EndpointWorker {
                 }
             }
         };
+        let reopening = async {
+            loop {
+                self.gate.reopened().await;
+                // It has places again, which others have to hear.
+                self.workers.note_change();
+            }
+        };
         tokio::select! {
             () = asking => {}
+            () = reopening => {}
             () = cancel.cancelled() => {}
         }
         self.set_state(ModelState::Unloaded);
@@ -231,12 +244,14 @@ impl EndpointWorker {
         let state = match health::probe(client, &options.url, key, options.model.as_deref()).await {
             Ok(found) => {
                 if self.status().state != ModelState::Ready {
-                    let (slots, context_length) = health::properties(client, &options.url, key).await;
+                    let far = dialect::identify(client, &options.url, key, &found.owner).await;
                     let mut status = self.status();
                     status.generation += 1;
-                    status.slots = options.slots.or(slots).unwrap_or(USUAL_SLOTS);
-                    status.context_length = if context_length > 0 { context_length } else { found.context_length };
+                    status.slots = options.slots.or(far.slots).unwrap_or(USUAL_SLOTS);
+                    status.context_length =
+                        if far.context_length > 0 { far.context_length } else { found.context_length };
                     status.model = Some(found.name);
+                    status.far = far;
                 }
                 ModelState::Ready
             }
@@ -271,19 +286,19 @@ impl EndpointWorker {
     }
 
     /// Who answers, where it is ready.
-    fn ready_model(&self) -> Result<(String, u32), ModelState> {
+    fn ready_model(&self) -> Result<(String, u32, FarSide), ModelState> {
         let status = self.status();
         match (&status.state, &status.model) {
-            (ModelState::Ready, Some(model)) => Ok((model.clone(), status.context_length)),
+            (ModelState::Ready, Some(model)) => Ok((model.clone(), status.context_length, status.far.clone())),
             (state, _) => Err(state.clone()),
         }
     }
 
     fn start(&self, request: &Request) -> Result<mpsc::Receiver<Answer>, Refused> {
-        let not_now = |kind, message| Refused { kind, message, param: None, retry_after_ms: Some(1_000) };
-        let (model, context_length) = self.ready_model().map_err(|state| {
+        let not_now = |kind, message, wait| Refused { kind, message, param: None, retry_after_ms: Some(wait) };
+        let (model, context_length, far) = self.ready_model().map_err(|state| {
             let message = format!("the model `{}` is not ready: {}", request.model, state.words());
-            not_now(RefusalKind::Loading, message)
+            not_now(RefusalKind::Loading, message, 1_000)
         })?;
         let embed = request.embed.as_ref();
         if embed.is_some() != self.options.embeds {
@@ -292,73 +307,100 @@ impl EndpointWorker {
             let kind = RefusalKind::UnsupportedField;
             return Err(Refused { kind, message, param: Some("model".into()), retry_after_ms: None });
         }
-        let (route, body) = match embed {
-            Some(embed) => ("v1/embeddings", embed::body(request, embed, &model)?),
-            None => ("v1/chat/completions", request::body(request, &model)?),
-        };
+        let url = &self.options.url;
         let now = Instant::now();
+        if let Some(pause) = self.gate.pause(now) {
+            let wait = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+            let message =
+                format!("the endpoint {url} has no room and asks to be left alone for {} s", wait.div_ceil(1_000));
+            return Err(not_now(RefusalKind::Busy, message, wait));
+        }
         let (texts, tokens) = embed.map_or((0, 0), Embed::lengths);
         let bytes = texts + request.messages.iter().map(|message| message.content.len()).sum::<usize>();
         let prompt_tokens = u32::try_from(bytes / BYTES_PER_TOKEN + tokens).unwrap_or(u32::MAX);
+        let said = u32::try_from(request.resume.len()).unwrap_or(u32::MAX);
+        if said > 0 && request.sampling.max_tokens.is_some_and(|most| said >= most) {
+            return Ok(said_all(prompt_tokens, said, context_length));
+        }
+        let (route, body) = match embed {
+            Some(embed) => ("v1/embeddings", embed::body(request, embed, &model)?),
+            None => ("v1/chat/completions", request::body(request, &model, &far)?),
+        };
         let place = self.meter.begin(MOST_REQUESTS, prompt_tokens, now).ok_or_else(|| {
-            not_now(RefusalKind::Busy, format!("{MOST_REQUESTS} requests are at the endpoint {}", self.options.url))
+            not_now(RefusalKind::Busy, format!("{MOST_REQUESTS} requests are at the endpoint {url}"), 1_000)
         })?;
-        let url = self.options.url.route(route);
         // One more for the last word to a reader that reads too slowly.
         let (answers, reader) = mpsc::channel(ANSWER_BUFFER + 1);
+        let request_there = self.client.post(url.route(route));
         let exchange = Exchange {
-            request: self.client.post(url).headers(self.headers.clone()).body(body),
-            endpoint: self.options.url.host_and_port(),
+            request: request_there.headers(self.headers.clone()).body(body),
+            endpoint: url.host_and_port(),
             key: self.options.key.clone(),
             deadline: now + Duration::from_millis(request.remaining_ms).min(FAR),
             patience: Patience { first_token: self.options.first_token_timeout, silence: self.options.silence_timeout },
             place,
+            gate: self.gate.clone(),
+            workers: self.workers.clone(),
             context_length,
             embeddings: embed.map(|embed| embed.inputs.len()),
+            behind: Behind::of(request),
             trouble: self.trouble.clone(),
         };
-        tokio::spawn(exchange.run(answers).in_current_span());
+        let (status, generation) = (self.status.clone(), self.status().generation);
+        let running = async move {
+            if exchange.run(answers).await == Ended::Broken {
+                let mut status = status.lock().unwrap_or_else(PoisonError::into_inner);
+                if status.generation == generation {
+                    status.broke = Some(Instant::now());
+                }
+            }
+        };
+        tokio::spawn(running.in_current_span());
         Ok(reader)
     }
+}
+
+/// An answer that has all the tokens that it may have, and lacks its end only.
+fn said_all(prompt_tokens: u32, said: u32, context_length: u32) -> mpsc::Receiver<Answer> {
+    let (answers, reader) = mpsc::channel(2);
+    let load = Load::default();
+    let usage = Usage { prompt_tokens, cached_tokens: 0, completion_tokens: said };
+    // The channel is new and has room for two.
+    let _ = answers.try_send(Answer::Accepted(Accepted { prompt_tokens, cached_tokens: 0, context_length, load }));
+    let finished = Finished { reason: FinishReason::Length, usage, load, extra: Vec::new() };
+    let _ = answers.try_send(Answer::Finished(finished));
+    reader
 }
 
 /// A deadline further away than this is none.
 const FAR: Duration = Duration::from_secs(30 * 24 * 3_600);
 
-/// A client that keeps its connections, follows nobody and has no limit for an answer as a whole.
-fn client(url: &EndpointUrl) -> Result<reqwest::Client, ClientError> {
-    // reqwest is built without a provider of its own. An error means that one is installed: just as well.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let mut builder = reqwest::Client::builder()
-        .user_agent(concat!("ingle/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(CONNECT_TIMEOUT)
-        .pool_idle_timeout(IDLE_LIMIT)
-        .tcp_nodelay(true)
-        .redirect(reqwest::redirect::Policy::none());
-    if url.is_loopback() {
-        builder = builder.no_proxy();
-    }
-    builder.build().map_err(|error| ClientError::new(crate::models::in_words(&error)))
-}
-
 impl Worker for EndpointWorker {
     fn facts(&self, own: NodeId) -> ModelFacts {
+        let backend = self.backend();
         let status = self.status();
+        // Fields that we have no name for reach it as they are.
+        let mut features = features(self.options.embeds);
+        if status.far.program.continues().is_some() {
+            features.push(RESUMES_TEXT.into());
+        }
         ModelFacts {
             name: self.name_in(&status),
-            digest: status.model.as_deref().map(|model| digest(model, self.options.embeds)),
+            digest: self
+                .options
+                .sha256
+                .or_else(|| status.model.as_deref().map(|model| digest(model, self.options.embeds))),
             state: status.state.clone(),
             engine: matches!(status.state, ModelState::Ready | ModelState::Draining).then_some(EngineId {
                 node: own,
                 index: self.index,
                 generation: status.generation,
             }),
-            backend: self.backend(),
+            backend,
             numerics: format!("{ENDPOINT_NUMERICS}{}", self.options.url.host_and_port()),
             context_length: status.context_length,
-            slots: status.slots,
-            // Fields that we have no name for reach it as they are.
-            features: features(self.options.embeds),
+            slots: self.slots(&status),
+            features,
             is_default: self.options.is_default,
         }
     }
@@ -367,6 +409,10 @@ impl Worker for EndpointWorker {
         let generation = self.status().generation;
         let engine = EngineId { node: own, index: self.index, generation };
         (generation > 0).then(|| self.meter.pulse(engine, Instant::now()))
+    }
+
+    fn is_doubtful(&self) -> bool {
+        self.status().broke.is_some_and(|broke| broke.elapsed() < DOUBT)
     }
 
     fn submit(&self, request: Request) -> BoxFuture<'_, mpsc::Receiver<Answer>> {

@@ -6,18 +6,43 @@ use ingle_protocol::wire::v2::{Message, RefusalKind, Refused, Request, Role};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::json;
 
+use super::dialect::{Continue, FarSide};
+use super::stream::Behind;
 use crate::json::Members;
 
 /// Members that we write ourselves: in a request's `extra` they are left out.
 const OURS: [&str; 4] = ["model", "messages", "stream", "stream_options"];
+/// What says that the last message is to be gone on with, and no new turn begun.
+const CONTINUES: [(&str, bool); 2] = [("continue_final_message", true), ("add_generation_prompt", false)];
+
+/// How the far side is told to go on with what was said elsewhere.
+fn continuation(request: &Request, far: &FarSide) -> Result<Option<(Message, Continue)>, Refused> {
+    let (content, _) = Behind::split(request);
+    if request.resume.is_empty() {
+        return Ok(None);
+    }
+    let cannot = |why: String| Err(refused(RefusalKind::UnsupportedField, "resume", why));
+    let Some(how) = far.program.continues() else {
+        let program = far.program.as_str();
+        return cannot(format!("{program} is not known to go on with an answer that was begun elsewhere"));
+    };
+    if request.resume_text.is_empty() {
+        return cannot(
+            "an answer of which only tokens are known cannot go on at an endpoint, which takes texts".into(),
+        );
+    }
+    if request.messages.last().is_some_and(|last| last.role == Role::Assistant) {
+        return cannot("an answer behind an unfinished one of the assistant's cannot go on at an endpoint".into());
+    }
+    // Nothing but spaces: it may as well begin anew.
+    let message = Message { role: Role::Assistant, content, extra: Vec::new() };
+    Ok((!message.content.is_empty()).then_some((message, how)))
+}
 
 /// The body, asking for the model that the far side calls `model`. Always a stream: a whole answer is put together
 /// where the request came in.
-pub fn body(request: &Request, model: &str) -> Result<Vec<u8>, Refused> {
-    if !request.resume.is_empty() {
-        let message = "an answer that was begun elsewhere cannot go on at an endpoint: it takes texts, not tokens";
-        return Err(refused(RefusalKind::UnsupportedField, "resume", message.into()));
-    }
+pub fn body(request: &Request, model: &str, far: &FarSide) -> Result<Vec<u8>, Refused> {
+    let continuation = continuation(request, far)?;
     let extra = Members::parse(&request.extra)
         .map_err(|error| refused(RefusalKind::InvalidField, "extra", format!("no JSON object: {error}")))?;
     if extra.get("n").is_some_and(|n| n.get() != "1") {
@@ -27,6 +52,7 @@ pub fn body(request: &Request, model: &str) -> Result<Vec<u8>, Refused> {
     let messages = request
         .messages
         .iter()
+        .chain(continuation.as_ref().map(|(message, _)| message))
         .enumerate()
         .map(|(index, message)| {
             let extra = Members::parse(&message.extra).map_err(|error| {
@@ -35,9 +61,11 @@ pub fn body(request: &Request, model: &str) -> Result<Vec<u8>, Refused> {
             Ok(MessageBody { message, extra })
         })
         .collect::<Result<Vec<_>, Refused>>()?;
-    let length: usize = request.messages.iter().map(|message| message.content.len() + message.extra.len() + 48).sum();
+    let all = messages.iter().map(|body| body.message);
+    let length: usize = all.map(|message| message.content.len() + message.extra.len() + 48).sum();
     let mut out = Vec::with_capacity(length + request.extra.len() + 512);
-    write(&mut serde_json::Serializer::new(&mut out), request, model, &messages, &extra)
+    let flagged = continuation.as_ref().is_some_and(|(_, how)| *how == Continue::Flagged);
+    write(&mut serde_json::Serializer::new(&mut out), request, model, &messages, &extra, flagged)
         .map_err(|error| refused(RefusalKind::InvalidField, "messages", format!("cannot be passed on: {error}")))?;
     Ok(out)
 }
@@ -81,8 +109,10 @@ fn write<S: Serializer>(
     model: &str,
     messages: &[MessageBody<'_>],
     extra: &Members<'_>,
+    flagged: bool,
 ) -> Result<S::Ok, S::Error> {
     let sampling = &request.sampling;
+    let said = u32::try_from(request.resume.len()).unwrap_or(u32::MAX);
     let mut map = serializer.serialize_map(None)?;
     map.serialize_entry("model", model)?;
     map.serialize_entry("messages", messages)?;
@@ -93,7 +123,7 @@ fn write<S: Serializer>(
     // Its bits: a negative seed of a client is that again.
     map.serialize_entry("seed", &sampling.seed.cast_signed())?;
     if let Some(most) = sampling.max_tokens {
-        map.serialize_entry("max_tokens", &most)?;
+        map.serialize_entry("max_tokens", &most.saturating_sub(said).max(1))?;
     }
     if !sampling.stop.is_empty() {
         map.serialize_entry("stop", &sampling.stop)?;
@@ -126,8 +156,8 @@ fn write<S: Serializer>(
         let window = i64::from(sampling.repetition_window);
         map.serialize_entry("repeat_last_n", &if window == i64::from(u32::MAX) { -1 } else { window })?;
     }
-    if sampling.min_tokens != 0 {
-        map.serialize_entry("min_tokens", &sampling.min_tokens)?;
+    if sampling.min_tokens > said {
+        map.serialize_entry("min_tokens", &(sampling.min_tokens - said))?;
     }
     if !sampling.stop_token_ids.is_empty() {
         map.serialize_entry("stop_token_ids", &sampling.stop_token_ids)?;
@@ -135,8 +165,15 @@ fn write<S: Serializer>(
     if sampling.ignore_eos {
         map.serialize_entry("ignore_eos", &true)?;
     }
-    for (name, value) in extra.0.iter().filter(|(name, _)| !OURS.contains(&name.as_ref())) {
+    let is_ours =
+        |name: &str| OURS.contains(&name) || (flagged && CONTINUES.iter().any(|(continues, _)| *continues == name));
+    for (name, value) in extra.0.iter().filter(|(name, _)| !is_ours(name)) {
         map.serialize_entry(name, value)?;
+    }
+    if flagged {
+        for (name, value) in CONTINUES {
+            map.serialize_entry(name, &value)?;
+        }
     }
     map.end()
 }
@@ -146,6 +183,7 @@ mod tests {
     use ingle_protocol::wire::v2::{LogitBias, Priority, Sampling, TraceContext};
     use ingle_protocol::{ModelDigest, RequestId};
 
+    use super::super::dialect::Program;
     use super::*;
 
     fn message(role: Role, content: &str, extra: &str) -> Message {
@@ -171,8 +209,12 @@ mod tests {
         }
     }
 
+    fn of(program: Program) -> FarSide {
+        FarSide { program, ..FarSide::default() }
+    }
+
     fn text(request: &Request) -> String {
-        String::from_utf8(body(request, "there").unwrap()).unwrap()
+        String::from_utf8(body(request, "there", &FarSide::default()).unwrap()).unwrap()
     }
 
     #[test]
@@ -224,14 +266,54 @@ mod tests {
 
     #[test]
     fn what_an_endpoint_cannot_do_is_refused_by_name() {
-        let of = |request: Request| body(&request, "there").unwrap_err();
+        let of = |request: Request| body(&request, "there", &FarSide::default()).unwrap_err();
         let user = || vec![message(Role::User, "x", "")];
-        let resumed = Request { resume: vec![1], ..request(Sampling::default(), user(), "") };
-        assert_eq!(of(resumed).param.as_deref(), Some("resume"));
+        let resumed = Request { resume: vec![1], resume_text: "so".into(), ..request(Sampling::default(), user(), "") };
+        let unknown = of(resumed);
+        assert_eq!(unknown.param.as_deref(), Some("resume"));
+        assert!(unknown.message.contains("unknown make"), "{}", unknown.message);
         let two = of(request(Sampling::default(), user(), r#"{"n":2}"#));
         assert_eq!((two.kind, two.param.as_deref()), (RefusalKind::UnsupportedField, Some("n")));
         assert_eq!(of(request(Sampling::default(), user(), "[]")).kind, RefusalKind::InvalidField);
         let bad = vec![message(Role::User, "x", "{")];
         assert_eq!(of(request(Sampling::default(), bad, "")).param.as_deref(), Some("messages[0]"));
+    }
+
+    #[test]
+    fn an_answer_that_was_begun_stands_at_the_end_as_each_program_wants_it() {
+        let sampling = Sampling { max_tokens: Some(9), min_tokens: 4, ..Sampling::default() };
+        let extra = r#"{"add_generation_prompt":true,"tools":[]}"#;
+        let begun = Request {
+            resume: vec![u32::MAX, 5],
+            resume_text: "so far \n".into(),
+            ..request(sampling, vec![message(Role::User, "x", "")], extra)
+        };
+        let json = |request: &Request, program| -> serde_json::Value {
+            serde_json::from_slice(&body(request, "there", &of(program)).unwrap()).unwrap()
+        };
+        for program in [Program::LlamaCpp, Program::Vllm, Program::Ollama] {
+            let body = json(&begun, program);
+            let said =
+                serde_json::json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "so far"}]);
+            assert_eq!(body["messages"], said, "{program:?}");
+            assert_eq!((&body["max_tokens"], &body["min_tokens"]), (&7.into(), &2.into()));
+            let flags = (&body["continue_final_message"], &body["add_generation_prompt"]);
+            match program {
+                Program::Ollama => assert_eq!(flags, (&serde_json::Value::Null, &true.into())),
+                _ => assert_eq!(flags, (&true.into(), &false.into())),
+            }
+        }
+        // Nothing but a space was said: it begins anew, with what is left.
+        let spaces = Request { resume_text: " ".into(), ..begun.clone() };
+        assert_eq!(json(&spaces, Program::Vllm)["messages"].as_array().unwrap().len(), 1);
+        assert_eq!(json(&spaces, Program::Vllm)["continue_final_message"], serde_json::Value::Null);
+        let refused = |request: &Request, program| body(request, "there", &of(program)).unwrap_err();
+        for program in [Program::LmStudio, Program::Ingle, Program::Unknown] {
+            assert_eq!(refused(&begun, program).param.as_deref(), Some("resume"));
+        }
+        let without_text = Request { resume_text: vec![], ..begun.clone() };
+        assert!(refused(&without_text, Program::Vllm).message.contains("only tokens"));
+        let behind = Request { messages: vec![message(Role::Assistant, "I say ", "")], ..begun };
+        assert!(refused(&behind, Program::Vllm).message.contains("unfinished"));
     }
 }

@@ -19,6 +19,8 @@ pub struct EventReader {
     /// The last line ended with CR: an LF that follows belongs to it.
     after_cr: bool,
     begun: bool,
+    /// Lines so far, those of comments as well.
+    lines: u64,
     /// The data of the event so far: its first line in the buffer, or all lines in `joined`.
     first: Option<(usize, usize)>,
     joined: Vec<u8>,
@@ -44,6 +46,11 @@ impl EventReader {
             self.first = self.first.map(|(from, to)| (from - keep, to - keep));
         }
         self.buffer.extend_from_slice(piece);
+    }
+
+    /// Whole lines that were read so far.
+    pub fn lines(&self) -> u64 {
+        self.lines
     }
 
     /// The data of the next complete event; `None` where there is none yet. Events without data are left out, and so
@@ -79,6 +86,7 @@ impl EventReader {
             let cr = self.buffer[to] == b'\r';
             self.start = to + 1;
             self.scanned = self.start;
+            self.lines += 1;
             if std::mem::replace(&mut self.after_cr, cr) && !cr && from == to {
                 // The second half of CR LF.
                 continue;

@@ -2,7 +2,9 @@
 
 use std::borrow::Cow;
 
-use ingle_protocol::wire::v2::{EXTRA_LIMIT, FailureKind, FinishReason, Finished, Load, NO_TOKEN_ID, Token, Usage};
+use ingle_protocol::wire::v2::{
+    EXTRA_LIMIT, FailureKind, FinishReason, Finished, Load, NO_TOKEN_ID, Request, Token, Usage,
+};
 
 use super::chunk::{Chunk, Extras, pack};
 use super::errors::{FarError, Trouble};
@@ -10,17 +12,47 @@ use super::errors::{FarError, Trouble};
 /// What stands behind the last chunk.
 const DONE: &[u8] = b"[DONE]";
 
+/// What was said of an answer before it came here.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Behind {
+    /// Tokens of it.
+    pub position: u32,
+    /// Spaces and line ends at its end. Templates trim them away, so they are not sent, and left out where the answer
+    /// says them again.
+    pub spaces: String,
+}
+
+impl Behind {
+    /// What the request says was said, without the spaces at its end, and where the answer goes on.
+    pub fn split(request: &Request) -> (String, Self) {
+        let mut text = String::from_utf8_lossy(&request.resume_text).into_owned();
+        let spaces = text.split_off(text.trim_end().len());
+        (text, Self { position: u32::try_from(request.resume.len()).unwrap_or(u32::MAX), spaces })
+    }
+
+    /// Where the answer goes on.
+    pub fn of(request: &Request) -> Self {
+        Self::split(request).1
+    }
+}
+
 /// An answer as far as it has come.
 #[derive(Debug)]
 pub struct AnswerStream {
     /// `host:port`, for messages.
     endpoint: String,
     position: u32,
+    /// Tokens that were said elsewhere.
+    resumed: u32,
+    /// See [`Behind::spaces`]; what is left of them.
+    spaces: String,
     extras: Extras,
     /// Members of the chunk itself as the reader of our frames has them.
     told: Vec<u8>,
     end: Option<End>,
     usage: Usage,
+    /// The far side said it.
+    is_counted: bool,
     usage_extras: Vec<u8>,
     done: bool,
 }
@@ -34,14 +66,17 @@ struct End {
 
 impl AnswerStream {
     /// `prompt_tokens` is what we believe until the far side says it.
-    pub fn new(endpoint: &str, prompt_tokens: u32) -> Self {
+    pub fn new(endpoint: &str, prompt_tokens: u32, behind: Behind) -> Self {
         Self {
             endpoint: endpoint.to_owned(),
-            position: 0,
+            position: behind.position,
+            resumed: behind.position,
+            spaces: behind.spaces,
             extras: Extras::default(),
             told: Vec::new(),
             end: None,
             usage: Usage { prompt_tokens, ..Usage::default() },
+            is_counted: false,
             usage_extras: Vec::new(),
             done: false,
         }
@@ -79,12 +114,28 @@ impl AnswerStream {
         token
     }
 
-    fn understand(&mut self, chunk: Chunk<'_>, extras: &mut Extras) -> Result<Option<Token>, Trouble> {
+    /// The text without spaces that the client has already.
+    fn without_spaces<'a>(&mut self, text: Cow<'a, str>) -> Cow<'a, str> {
+        if self.spaces.is_empty() || text.is_empty() {
+            return text;
+        }
+        let same = text.chars().zip(self.spaces.chars()).take_while(|(new, old)| new == old);
+        let same: usize = same.map(|(c, _)| c.len_utf8()).sum();
+        if same == text.len() {
+            self.spaces.drain(..same);
+            return Cow::Borrowed("");
+        }
+        self.spaces.clear();
+        Cow::Owned(text[same..].to_owned())
+    }
+
+    fn understand(&mut self, mut chunk: Chunk<'_>, extras: &mut Extras) -> Result<Option<Token>, Trouble> {
+        chunk.content = self.without_spaces(std::mem::take(&mut chunk.content));
         if let Some(error) = chunk.error {
             return Err(self.far_error(error.get()));
         }
         if let Some(usage) = chunk.usage {
-            self.usage = usage;
+            (self.usage, self.is_counted) = (usage, true);
             std::mem::swap(&mut self.usage_extras, &mut extras.usage);
         }
         // Members beside a finish reason belong to the end, unless there is a token to carry them.
@@ -133,7 +184,7 @@ impl AnswerStream {
         let error = FarError::read(format!("{{\"error\":{json}}}").as_bytes());
         match error.status.and_then(|status| reqwest::StatusCode::from_u16(status).ok()) {
             // What a server finds out after it has answered 200 is still about the request, where nothing was written.
-            Some(status) if self.position == 0 => {
+            Some(status) if self.position == self.resumed => {
                 super::errors::of_status(status, &reqwest::header::HeaderMap::new(), error, &self.endpoint)
             }
             _ => {
@@ -157,6 +208,12 @@ impl AnswerStream {
         if usage.completion_tokens == 0 {
             // A far side that does not count: one piece of text is about a token.
             usage.completion_tokens = self.position;
+        } else {
+            usage.completion_tokens = usage.completion_tokens.saturating_add(self.resumed);
+        }
+        if self.is_counted {
+            // What was said before stood in the prompt there.
+            usage.prompt_tokens = usage.prompt_tokens.saturating_sub(self.resumed);
         }
         Ok(Finished { reason, usage, load: Load::default(), extra })
     }
@@ -185,13 +242,18 @@ mod tests {
     use super::*;
 
     fn stream(events: &[&str]) -> (Vec<(String, String)>, Result<Finished, Trouble>) {
-        let mut stream = AnswerStream::new("box:80", 7);
+        behind(Behind::default(), events)
+    }
+
+    fn behind(behind: Behind, events: &[&str]) -> (Vec<(String, String)>, Result<Finished, Trouble>) {
+        let first = behind.position;
+        let mut stream = AnswerStream::new("box:80", 7, behind);
         let mut tokens = Vec::new();
         for event in events {
             match stream.take(event.as_bytes()) {
                 Ok(None) => {}
                 Ok(Some(token)) => {
-                    assert_eq!((token.position, token.id), (tokens.len() as u32, NO_TOKEN_ID));
+                    assert_eq!((token.position, token.id), (first + tokens.len() as u32, NO_TOKEN_ID));
                     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
                     tokens.push((text(token.text), text(token.extra)));
                 }
@@ -259,6 +321,32 @@ mod tests {
         );
         let (_, lie) = stream(&["<html>"]);
         assert!(matches!(lie, Err(Trouble::Failed(FailureKind::Protocol, why)) if why.contains("box:80")));
+    }
+
+    #[test]
+    fn an_answer_that_was_begun_elsewhere_goes_on_without_a_space_too_many() {
+        let usage = r#"{"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":2}}"#;
+        let text = |text: &str| delta(&serde_json::json!({ "content": text }).to_string());
+        for (spaces, pieces, expected) in [
+            (" ", &[" two", " three"][..], "two three"),
+            ("\n\n", &["\n", "\nTwo"], "Two"),
+            ("\n\n", &["\nTwo"], "Two"),
+            (" ", &["two", " three"], "two three"),
+            ("", &[" two"], " two"),
+            ("\u{3000} ", &["\u{3000}", "  two"], " two"),
+        ] {
+            let events: Vec<String> = pieces.iter().map(|piece| text(piece)).collect();
+            let mut events: Vec<&str> = events.iter().map(String::as_str).collect();
+            events.extend([STOP, usage, "[DONE]"]);
+            let (tokens, finished) = behind(Behind { position: 3, spaces: spaces.into() }, &events);
+            assert_eq!(tokens.iter().map(|(text, _)| text.as_str()).collect::<String>(), expected, "{pieces:?}");
+            let usage = finished.unwrap().usage;
+            assert_eq!((usage.prompt_tokens, usage.completion_tokens), (7, 5), "{pieces:?}");
+        }
+        // What it refuses is a refusal as long as it has said nothing itself.
+        let error = r#"{"error":{"code":400,"message":"no such thing"}}"#;
+        let (_, refused) = behind(Behind { position: 3, spaces: String::new() }, &[error]);
+        assert!(matches!(refused, Err(Trouble::Refused(_))), "{refused:?}");
     }
 
     #[test]

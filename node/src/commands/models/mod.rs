@@ -1,5 +1,6 @@
 //! `ingle models`: loaded and unloaded, parameters, and model files in other formats with what that costs.
 
+mod discover;
 mod embed;
 mod eval;
 mod first_load;

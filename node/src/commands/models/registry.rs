@@ -33,6 +33,9 @@ pub async fn ask(settings: &Settings, request: ModelsRequest) -> anyhow::Result<
 
 /// Registers a model.
 pub async fn add(settings: &Settings, options: AddModel) -> anyhow::Result<()> {
+    if options.discover {
+        return super::discover::run(settings, options).await;
+    }
     let json = options.json;
     let waits = options.source.is_some() && !options.unchecked;
     let ModelsReply::Added(added) = ask(settings, ModelsRequest::Add(registration(options)?)).await? else {
@@ -70,7 +73,8 @@ fn registration(options: AddModel) -> Result<Registration, UsageError> {
     let kind = known.ok_or_else(|| UsageError(format!("There is no type `{kind}`: write llm or embedding.")))?;
     let given = changes(&values)?.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
     Ok(Registration {
-        name,
+        // clap has asked for it.
+        name: name.unwrap_or_default(),
         kind,
         source,
         endpoint: endpoint.map(|url| Endpoint { url, model, api_key_env }),
