@@ -9,8 +9,8 @@ async fn all_models_are_shown_with_their_states_on_all_nodes() {
     let [model] = &offered["data"].as_array().unwrap()[..] else { panic!("{offered}") };
     assert_eq!((&model["id"], &model["state"], &model["nodes"]), (&json!("echo"), &json!("ready"), &json!(["tower"])));
 
-    // A file that is not there: known everywhere, and nobody can have it.
-    mini.models(&["add", "--name", "minilm", "--source", "file:/nowhere/minilm.gguf", "--pin", "tower", "--unchecked"])
+    // A file that nobody can fetch: known everywhere, and nobody can have it.
+    mini.models(&["add", "--name", "minilm", "--source", "hf:owner/name/minilm.gguf", "--pin", "tower", "--unchecked"])
         .await;
     tower.until_registered(&["minilm"]).await;
     for machine in [&tower, &mini] {
@@ -21,7 +21,7 @@ async fn all_models_are_shown_with_their_states_on_all_nodes() {
         assert_eq!((&echo["registered"], &minilm["registered"]), (&json!(false), &json!(true)), "{all}");
         assert_eq!((&minilm["answers"], &minilm["pinned"]), (&json!([]), &json!(["tower"])), "{all}");
         assert_eq!(minilm["nodes"][0]["node"], "tower", "{all}");
-        assert_eq!(minilm["source"], "file:/nowhere/minilm.gguf", "{all}");
+        assert_eq!(minilm["source"], "hf:owner/name/minilm.gguf", "{all}");
         let ids = machine.get("/v1/models").await.body;
         assert!(!ids["data"].as_array().unwrap().iter().any(|model| model["id"] == "minilm"), "{ids}");
     }

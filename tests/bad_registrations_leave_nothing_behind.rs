@@ -27,7 +27,6 @@ async fn bad_registrations_leave_nothing_behind() {
         (&["--name", "x", "--endpoint", &url, "--api-key-env", "NO_KEY"], 1, "no environment variable NO_KEY"),
         (&["--name", "x", "--endpoint", &url, "--api-key-env", "sk-12"], 1, "environment variable"),
         (&["--name", "x", "--endpoint", &url, "--pin", "cellar"], 1, "no node `cellar`"),
-        (&["--name", "x", "--endpoint", &url, "--type", "embedding"], 1, "its type is llm"),
         (&["--name", "x", "--endpoint", &url, "max_tokens=3"], 1, "far server's own business"),
         (&["--name", "x", "--source", "hf:owner/name/x.gguf", "--type", "stt"], 1, "not built yet"),
         (&["--name", "x", "--source", "hf:owner/name/../x"], 1, "without `..`"),
