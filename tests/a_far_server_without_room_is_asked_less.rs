@@ -29,12 +29,17 @@ async fn a_far_server_without_room_is_asked_less() {
     assert!(learnt["backend"].as_str().unwrap().contains("at once"), "{learnt}");
     // Room that there is again is found.
     server.set_room(0);
-    for _ in 0..2 {
+    // It grows with answers that end while all places are taken, which on a busy machine is not all the time.
+    let mut grown = 0;
+    for _ in 0..20 {
         let answers = futures_util::future::join_all((0..10).map(|_| tower.ask(&question))).await;
         answers.iter().for_each(|answer| assert_eq!(answer.text(), "late"));
+        grown = tower.status().await.model("tower")["slots"].as_u64().unwrap();
+        if grown > slots {
+            return;
+        }
     }
-    let grown = tower.status().await.model("tower")["slots"].as_u64().unwrap();
-    assert!(grown > slots, "{grown} after {slots}");
+    panic!("{grown} after {slots}");
 }
 
 #[tokio::test]
